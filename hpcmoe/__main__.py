@@ -1,0 +1,3 @@
+from hpcmoe.cli import main
+
+raise SystemExit(main())
