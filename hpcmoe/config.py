@@ -20,7 +20,7 @@ from hpcmoe.errors import UserError, at
 class RouterConfig:
     """How a token's experts are chosen and weighted.
 
-    score: "softmax", "sigmoid", or "sparsemixer" (Phi-3.5-MoE, arXiv 2310.00811 at inference).
+    score: "softmax", "sigmoid", or "sparsemixer" (Phi-3.5-MoE, GRIN, arXiv 2409.12136).
     over: "all" scores are normalised over all experts before top-k, "selected" after it.
     bias: a learned bias is added to the scores for the choice only (DeepSeek-V3).
     groups, top_groups: choose among the experts of the best groups only (1, 1: no groups).

@@ -1,0 +1,2 @@
+def main():
+    raise SystemExit("hpcmoe: the command line is being built")
