@@ -19,7 +19,7 @@ PHASES = {"attention": "ATTEND", "gate": "GATE", "counts": "COUNTS", "dispatch":
           "expert": "EXPERT", "combine": "COMBINE", "merge": "MERGE", "reduce": "REDUCE",
           "recv": "RECV", "send": "SEND", "sample": "SAMPLE"}
 # awaited while another stage works: the pipeline had nothing for this rank
-IDLE_WAITS = ("RECV", "SAMPLE")
+IDLE_WAITS = ("RECV",)
 # awaited although this stage could work if its rows were here
 EXPOSED = ("COUNTS", "DISPATCH", "COMBINE")
 MOE = ("GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE", "REDUCE")

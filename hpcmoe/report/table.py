@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from hpcmoe.errors import UserError
+from hpcmoe.report.files import whole_file
 
 WIDTH = 100
 LAYERS_SHOWN = 4
@@ -196,17 +195,9 @@ def write_report(folder: str | Path, report: dict) -> Path:
     Raises UserError where the folder or the file cannot be written.
     """
     path = Path(folder) / "report.json"
-    part = path.with_name(f".report.json.{os.getpid()}")
     text = json.dumps(report, indent=1, allow_nan=False, default=_plain)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the report: {error.strerror}") from error
+    with whole_file(path, "report") as file:
+        file.write(text + "\n")
     return path
 
 
