@@ -1,0 +1,121 @@
+"""Pictures: a trace over time, and a pipeline grid. Needs matplotlib, the extra [plot]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcmoe.errors import UserError, at
+from hpcmoe.report.record import KINDS, RankRecord, Span
+from hpcmoe.report.trace import read_trace
+
+# the exchange in blues, arithmetic in warm colours, messages between stages in greens
+COLOURS = {
+    "RECV": "#a6d96a", "ATTEND": "#fdae61", "GATE": "#fee08b", "COUNTS": "#c6dbef",
+    "DISPATCH": "#6baed6", "EXPERT": "#d7301f", "COMBINE": "#2171b5", "MERGE": "#fcc5c0",
+    "REDUCE": "#9e9ac8", "SEND": "#1a9641", "SAMPLE": "#756bb1",
+}
+WAIT = "#d9d9d9"
+ABSENT = "pictures need matplotlib: pip install 'hpcmoe[plot]'"
+
+
+def plot_trace(source: list[RankRecord] | str | Path, path: str | Path,
+               window: tuple[float, float] | None = None) -> Path:
+    """Ranks as rows over time, ops coloured by kind, waits grey; written to `path` (.svg, .png).
+
+    source: records with spans, or a trace file. window: seconds to show, all when not given.
+    Raises UserError where matplotlib is absent, nothing lies in the window, or on file errors.
+    """
+    ranks = read_trace(source) if isinstance(source, (str, Path)) else [
+        (f"rank {r.rank} stage {r.stage} place {r.place}", r.spans)
+        for r in sorted(source, key=lambda r: r.rank)]
+    if window:
+        ranks = [(name, [s for s in spans if s.end_s > window[0] and s.start_s < window[1]])
+                 for name, spans in ranks]
+    if not any(spans for _, spans in ranks):
+        raise at("trace", "spans", 0, "spans in the time to be drawn")
+    figure, axes = _figure(10, 0.28 * len(ranks) + 1.6)
+    for row, (_, spans) in enumerate(ranks):
+        for look, bars in _bars(spans).items():
+            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=look, linewidth=0)
+    # a trace file's names end in role and host, which a picture has no room for
+    axes.set_yticks(range(len(ranks)), [" ".join(name.split()[:6]) for name, _ in ranks])
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    if window:
+        axes.set_xlim(window[0] * 1e3, window[1] * 1e3)
+    axes.set_xlabel("time since the start of the run, ms")
+    seen = {s.kind for _, spans in ranks for s in spans if not s.wait}
+    _legend(axes, {kind.lower(): COLOURS[kind] for kind in KINDS if kind in seen}
+            | {"waiting": WAIT})
+    return _save(figure, path)
+
+
+def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
+    """The pipeline as a grid of (row label, column, kind, layer, micro-batch), one op per cell.
+
+    A cell is coloured by kind and shows its micro-batch. Errors as plot_trace.
+    """
+    if not schedule_cells:
+        raise at("schedule", "cells", 0, "at least one")
+    rows = list(dict.fromkeys(cell[0] for cell in schedule_cells))
+    last = max(cell[1] for cell in schedule_cells)
+    figure, axes = _figure(min(40.0, 0.2 * (last + 1) + 2), 0.4 * len(rows) + 1.6)
+    for row, column, kind, _, micro in schedule_cells:
+        y = rows.index(row)
+        axes.broken_barh([(column, 1)], (y - 0.4, 0.8), facecolors=COLOURS[kind],
+                         edgecolors="white", linewidth=0.5)
+        axes.text(column + 0.5, y, str(micro), ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, last + 1)
+    axes.set_xlabel("op slots; the number in a cell is its micro-batch")
+    seen = {cell[2] for cell in schedule_cells}
+    _legend(axes, {kind.lower(): COLOURS[kind] for kind in KINDS if kind in seen})
+    return _save(figure, path)
+
+
+def _bars(spans: list[Span]) -> dict[str, list[tuple[float, float]]]:
+    """(start, length) in ms by colour; touching bars of a colour are joined to keep files small."""
+    looks = {}
+    for span in sorted(spans, key=lambda s: s.start_s):
+        bars = looks.setdefault(WAIT if span.wait else COLOURS[span.kind], [])
+        start, end = span.start_s * 1e3, span.end_s * 1e3
+        if bars and start - sum(bars[-1]) < 1e-6:
+            first, length = bars[-1]
+            bars[-1] = (first, max(length, end - first))
+        else:
+            bars.append((start, end - start))
+    return looks
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(ABSENT) from error
+    figure = Figure(figsize=(width, min(height, 40.0)), layout="constrained")
+    FigureCanvasAgg(figure)  # a canvas without a display, whatever the user's settings
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(axes, colours: dict[str, str]) -> None:
+    from matplotlib.patches import Patch
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(handles=handles, ncols=min(6, len(handles)), loc="lower left",
+                bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+
+
+def _save(figure, path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        # no date and no random ids in the file: the same trace gives the same picture
+        from matplotlib import rc_context
+        with rc_context({"svg.hashsalt": "hpcmoe", "svg.fonttype": "none"}):
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the picture: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot write the picture: {error}") from error
+    return path
