@@ -49,6 +49,8 @@ def check_output_dir(dir) -> None:
     Raises UserError where that fails: better before hours of work than after.
     """
     path = os.fspath(dir)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: is a file: expected a folder for the outputs")
     try:
         os.makedirs(path, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
@@ -110,12 +112,15 @@ def write_outputs(dir, task: str, requests: list[Request], results: list[Result]
     made = int(time.time()) if created is None else created
     of = {result.index: result for result in results}
     path = Path(dir) / OUTPUTS
-    if task == "score":
-        _write_scores(Path(dir) / SCORES, requests, of, model_name)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for request in requests:
-            row = _row(task, request, of.get(request.index), tokenizer, model_name, made)
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    with contextlib.ExitStack() as stack:
+        if task == "score":  # renamed last of all: both files are of this run, or neither
+            temporary = stack.enter_context(replacing(Path(dir) / SCORES))
+            _write_scores(temporary, requests, of, model_name)
+        temporary = stack.enter_context(replacing(path))
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for request in requests:
+                row = _row(task, request, of.get(request.index), tokenizer, model_name, made)
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
@@ -217,7 +222,7 @@ def _json_number(value) -> float | None:
 
 
 # ---------------------------------------------------------------- scores
-def _write_scores(path: Path, requests: list[Request], of: dict[int, Result], model_name: str) -> None:
+def _write_scores(path: str, requests: list[Request], of: dict[int, Result], model_name: str) -> None:
     """HDF5, described in docs/requests.md: tokens and log-probabilities end to end, and offsets."""
     import h5py
     ran = [(r, of.get(r.index) if not r.error else None) for r in requests]
@@ -233,7 +238,7 @@ def _write_scores(path: Path, requests: list[Request], of: dict[int, Result], mo
         "perplexity": np.array([math.nan if result is None else perplexity_of([result])
                                 for _, result in ran]),
     }
-    with replacing(path) as temporary, _hdf5_errors(), h5py.File(temporary, "w") as file:
+    with _hdf5_errors(), h5py.File(path, "w") as file:
         for name, values in columns.items():
             file[name] = values
         file.create_dataset("custom_id", data=[r.custom_id for r in requests], dtype=h5py.string_dtype())

@@ -74,6 +74,9 @@ class _Maker:
         if len(wrong):
             raise Malformed("token_out_of_range", f"token {tokens[wrong[0]]} at place {wrong[0]} of "
                             f"the prompt: expected 0 to {self.model.vocab - 1}, the vocabulary")
+        if ask.stop and self.tokenizer is None:
+            raise Malformed("unsupported_field", "body.stop needs a tokenizer, and the weights hold "
+                            "none: expected body.stop_token_ids")
         ends = () if settings["ignore_eos"] else self.model.stop_ids
         for name in SETTINGS:
             setattr(request, name, settings[name])
