@@ -96,6 +96,9 @@ class WeightsFile:
         """Any unit of `schema.units`, for tools that walk through the whole file."""
         return self._hand_out(unit)
 
+    def unit_nbytes(self, unit: Unit) -> int:
+        return self._nbytes([unit])
+
     def stored(self, unit: Unit) -> str:
         """The storage type of a unit: "fp16", "bf16" or "fp32"."""
         kind = self._dataset(unit).dtype

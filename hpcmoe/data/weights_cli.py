@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
-from hpcmoe.errors import EXIT_FAILED, EXIT_OK
+from hpcmoe.errors import EXIT_OK, EXIT_USER, UserError
 
 
 def add_parser(subparsers) -> None:
@@ -14,6 +15,9 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("weights", help="make, convert and check weights files",
                                    description="Make, convert and check HDF5 weights files.")
     commands = parser.add_subparsers(dest="weights_command", required=True, metavar="COMMAND")
+    _convert_parser(commands)
+    _inspect_parser(commands)
+    _verify_parser(commands)
     _create_parser(commands)
 
 
@@ -23,6 +27,11 @@ def _command(commands, name: str, handler, help_: str, example: str) -> argparse
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(handler=handler)
     return parser
+
+
+def _free(path: str, force: bool) -> None:
+    if os.path.exists(path) and not force:
+        raise UserError(f"{path}: exists already; --force replaces it once the new one is complete")
 
 
 class Bar:
@@ -53,6 +62,66 @@ class Bar:
         self.stream.flush()
 
 
+# ---------------------------------------------------------------- convert
+def _convert_parser(commands) -> None:
+    parser = _command(commands, "convert", _convert, "turn a Hugging Face checkpoint into a weights file",
+                      "hpcmoe weights convert OLMoE-1B-7B-0924 olmoe.h5 --dtype bf16\n\n"
+                      "A conversion that was cut goes on where it stopped when the command is given again.")
+    parser.add_argument("folder", help="folder with config.json, *.safetensors, tokenizer.json")
+    parser.add_argument("out", help="weights file to write (.h5)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="storage type (default: the checkpoint's)")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _convert(args) -> int:
+    from hpcmoe.data.convert import convert
+    _free(args.out, args.force)
+    start = time.monotonic()
+    say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    made = convert(args.folder, args.out, args.dtype, Bar("convert", args.quiet), say)
+    if not args.quiet:
+        for note in made.notes:
+            print(note)
+        print(f"{args.out}: {made.units} tensors and experts, {made.nbytes / 1e9:.3f} GB in {made.dtype}, "
+              f"{time.monotonic() - start:.1f} s")
+    return EXIT_OK
+
+
+# ---------------------------------------------------------------- inspect, verify
+def _inspect_parser(commands) -> None:
+    parser = _command(commands, "inspect", _inspect, "show what a weights file holds",
+                      "hpcmoe weights inspect inputs/demo/demo.h5")
+    parser.add_argument("file", help="weights file (.h5)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _inspect(args) -> int:
+    from hpcmoe.data.weights_check import as_json, describe
+    print(as_json(args.file) if args.json else "\n".join(describe(args.file)))
+    return EXIT_OK
+
+
+def _verify_parser(commands) -> None:
+    parser = _command(commands, "verify", _verify, "check every tensor: shape, checksum, NaN, infinities",
+                      "hpcmoe weights verify inputs/demo/demo.h5\n\n"
+                      "exit code 0: sound; 2: not, with one line for each thing that is wrong")
+    parser.add_argument("file", help="weights file (.h5)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _verify(args) -> int:
+    from hpcmoe.data.weights_check import verify
+    problems = verify(args.file, Bar("verify", args.quiet))
+    for problem in problems[:50]:
+        print(problem, file=sys.stderr)
+    if len(problems) > 50:
+        print(f"... and {len(problems) - 50} more", file=sys.stderr)
+    if not problems:
+        print(f"{args.file}: sound: every shape and checksum is right, no NaN, no infinity")
+    return EXIT_USER if problems else EXIT_OK
+
+
 # ---------------------------------------------------------------- create
 def _create_parser(commands) -> None:
     parser = _command(commands, "create", _create, "random weights of any geometry, for benchmarks",
@@ -69,12 +138,14 @@ def _create_parser(commands) -> None:
         parser.add_argument("--" + name, type=int, default=default, metavar="N", help=f"{text} (default {default})")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--tied", action="store_true", help="the head is the embedding")
-    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _create(args) -> int:
     from hpcmoe.data.create import create
     from hpcmoe.model.families import random_config
+    _free(args.out, args.force)
     config = random_config(args.family, layers=args.layers, d=args.d, f=args.f, experts=args.experts,
                            top_k=args.top_k, heads=args.heads, kv_heads=args.kv_heads,
                            head_dim=args.head_dim, vocab=args.vocab, context=args.context, tied=args.tied)
