@@ -154,8 +154,8 @@ class LayoutJob:
 class RunJob:
     """How the work is cut and moved.
 
-    micro_batches: in flight per replica (0: chosen); lanes: micro-batches interleaved on a stage
-    by the overlapped schedule; batch_tokens: token rows of one step of one micro-batch, over all
+    micro_batches: in flight per replica (0: stages x lanes); lanes: micro-batches interleaved on a
+    stage by the overlapped schedule (0: chosen for the device); batch_tokens: token rows of one step of one micro-batch, over all
     leaders; prefill_chunk: prompt tokens of one sequence in one step, at most; max_sequences:
     sequences in flight in a replica (0: chosen); context: longest prompt + output (0: what the
     requests need); memory_gb: memory for one rank's KV cache (0: what is free);
@@ -165,7 +165,7 @@ class RunJob:
     schedule: str = "overlapped"
     transport: str = "auto"
     micro_batches: int = 0
-    lanes: int = 2
+    lanes: int = 0
     batch_tokens: int = 1024
     prefill_chunk: int = 256
     max_sequences: int = 0

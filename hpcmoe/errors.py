@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXIT_OK = 0
-EXIT_FAILED = 1        # an error of the program itself, or some requests failed to run
+EXIT_FAILED = 1        # an error of the program itself, or no request could be run
 EXIT_USER = 2          # bad input, bad configuration, a machine that cannot run the job
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells expect
 
@@ -30,3 +30,7 @@ def at(where: str, field: str = "", value: object = None, expected: str = "") ->
     if expected:
         text += f": expected {expected}"
     return UserError(text)
+
+
+class AgreedError(UserError):
+    """A UserError that every rank knows of: rank 0 prints it, all leave with EXIT_USER."""

@@ -1,0 +1,104 @@
+"""The communicators of a run, who leads, and agreement on errors. Nothing else makes communicators."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable
+
+from mpi4py import MPI
+
+from hpcmoe.errors import AgreedError, UserError
+from hpcmoe.parallel.layout import Layout
+
+
+def agree(comm, func: Callable, *args):
+    """func(*args) on every rank; if any of them raises UserError, all raise AgreedError with its text."""
+    result, error = None, None
+    try:
+        result = func(*args)
+    except UserError as caught:
+        error = str(caught)
+    errors = comm.allgather(error)
+    bad = [(rank, text) for rank, text in enumerate(errors) if text]
+    if bad:
+        rank, text = bad[0]
+        raise AgreedError(text if len(bad) == comm.size else f"{text} (on rank {rank}" +
+                          (f" and {len(bad) - 1} more)" if len(bad) > 1 else ")"))
+    return result
+
+
+def on_root(comm, func: Callable, *args):
+    """func(*args) on rank 0, its result on all ranks; a UserError becomes an AgreedError everywhere."""
+    result, error = None, None
+    if comm.rank == 0:
+        try:
+            result = func(*args)
+        except UserError as caught:
+            error = str(caught)
+    result, error = comm.bcast((result, error))
+    if error is not None:
+        raise AgreedError(error)
+    return result
+
+
+def node_names(comm) -> list[str]:
+    """The host of each rank. HPCMOE_RANKS_PER_NODE=n pretends that each n ranks are a node."""
+    pretend = os.environ.get("HPCMOE_RANKS_PER_NODE", "")
+    if pretend:
+        if not pretend.isdigit() or int(pretend) < 1:
+            raise UserError(f"environment: HPCMOE_RANKS_PER_NODE = {pretend!r}: expected a number >= 1")
+        name = f"{MPI.Get_processor_name()}/{comm.rank // int(pretend)}"
+    else:
+        name = MPI.Get_processor_name()
+    return comm.allgather(name)
+
+
+class World:
+    """This rank's place in the layout and its communicators.
+
+    lanes: one communicator per lane over the ranks of the stage, ordered by place; pipe: the
+    replica's ranks, ordered by stage and place. node_r: node number of each place of the stage.
+    leaders: the places that lead, the same number in every stage; leader: this rank's place among
+    them, or None. counterpart: the rank in `pipe` of this leader's fellow in each stage.
+    """
+
+    def __init__(self, comm, layout: Layout, lanes: int):
+        self.comm, self.layout = comm, layout
+        self.rank = comm.rank
+        self.here = layout.place(comm.rank)
+        self.hosts = node_names(comm)
+        self.node_of_rank = [sorted(set(self.hosts), key=self.hosts.index).index(h) for h in self.hosts]
+        self.pipe = comm.Split(self.here.dp, comm.rank)
+        stage = self.pipe.Split(self.here.stage, self.here.place)
+        self.lanes = [stage] + [stage.Dup() for _ in range(lanes - 1)]
+        ranks = layout.stage_ranks(self.here.dp, self.here.stage)
+        self.node_r = [self.node_of_rank[r] for r in ranks]
+        self.leaders = self._leaders()
+        self.leader = self.leaders.index(self.here.place) if self.here.place in self.leaders else None
+        table = self.pipe.allgather((self.here.stage, self.leader))
+        self.counterpart = {s: r for r, (s, leader) in enumerate(table) if leader is not None and leader == self.leader}
+
+    def _leaders(self) -> list[int]:
+        layout = self.layout
+        if layout.leaders == "all":
+            return list(range(layout.stage_size))
+        if layout.leaders.isdigit():
+            return list(range(int(layout.leaders)))
+        per_stage = []
+        for stage in range(layout.pp):
+            nodes = [self.node_of_rank[r] for r in layout.stage_ranks(self.here.dp, stage)]
+            per_stage.append([place for place, node in enumerate(nodes) if node not in nodes[:place]])
+        count = min(len(places) for places in per_stage)  # leader j hands on to leader j
+        return per_stage[self.here.stage][:count]
+
+    @property
+    def ranks_on_node(self) -> int:
+        return self.hosts.count(self.hosts[self.rank])
+
+    @property
+    def first_stage(self) -> bool:
+        return self.here.stage == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.here.stage == self.layout.pp - 1
