@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -95,9 +96,7 @@ def _sync(path: str) -> None:
 
 
 def _unwritable(path: str, error: OSError) -> UserError:
-    # HDF5 puts the reason deep into its own text, but keeps the number
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return UserError(f"{path}: cannot be written: {reason}")
+    return UserError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 # ---------------------------------------------------------------- rows
@@ -187,9 +186,8 @@ def _score(request: Request, result: Result, tokenizer) -> dict:
         pieces, offsets = _pieces(request.tokens, tokenizer, None)
         logprobs = {"tokens": pieces, "text_offset": offsets, "top_logprobs": None,
                     "token_logprobs": [None] + [_json_number(p) for p in result.logprobs]}
-    total, perplexity = float(np.sum(result.logprobs)), perplexity_of([result])
-    return {"object": "text_completion", "perplexity": _json_number(perplexity),
-            "log_probability": _json_number(total), "scored_tokens": len(result.logprobs),
+    return {"object": "text_completion", "perplexity": _json_number(perplexity_of([result])),
+            "log_probability": _json_number(np.sum(result.logprobs)), "scored_tokens": len(result.logprobs),
             "choices": [{"index": 0, "text": "", "logprobs": logprobs, "finish_reason": "length"}]}
 
 
@@ -238,7 +236,9 @@ def _write_scores(path: str, requests: list[Request], of: dict[int, Result], mod
         "perplexity": np.array([math.nan if result is None else perplexity_of([result])
                                 for _, result in ran]),
     }
-    with _hdf5_errors(), h5py.File(path, "w") as file:
+    # Made in memory and written by ourselves: HDF5 crashes where a disk is full when it closes.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
         for name, values in columns.items():
             file[name] = values
         file.create_dataset("custom_id", data=[r.custom_id for r in requests], dtype=h5py.string_dtype())
@@ -246,12 +246,5 @@ def _write_scores(path: str, requests: list[Request], of: dict[int, Result], mod
         file.attrs["version"] = SCORES_VERSION
         file.attrs["model"] = model_name
         file.attrs["perplexity"] = perplexity_of([result for _, result in ran if result is not None])
-
-
-@contextlib.contextmanager
-def _hdf5_errors():
-    """HDF5 reports some failed writes as RuntimeError; they are failed writes all the same."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(str(error).splitlines()[0]) from error
+    with open(path, "wb") as file:
+        file.write(image.getbuffer())
