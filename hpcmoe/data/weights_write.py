@@ -233,9 +233,7 @@ def _lay_out(part: str, header: Header, units: list[Unit]) -> None:
         texts = {"tokenizer.json": header.tokenizer_json, "chat_template": header.chat_template}
         for name, text in texts.items():
             if text:
-                raw = text.encode()
-                file.create_dataset(name, data=np.array(raw, f"S{len(raw)}"),
-                                    dtype=h5py.string_dtype("utf-8", len(raw)))
+                _text(file, name, text.encode())
 
 
 def _empty(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
@@ -249,6 +247,17 @@ def _empty(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) 
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
     kind = h5py.h5t.py_create(dtype, logical=True)
     return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, plan, links))
+
+
+def _text(file: h5py.File, name: str, raw: bytes) -> None:
+    """A scalar dataset of fixed length that holds UTF-8 text."""
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(len(raw))
+    kind.set_cset(h5py.h5t.CSET_UTF8)
+    kind.set_strpad(h5py.h5t.STR_NULLPAD)
+    space = h5py.h5s.create(h5py.h5s.SCALAR)
+    data = h5py.h5d.create(file.id, name.encode(), kind, space)
+    data.write(space, space, np.array(raw, f"S{len(raw)}"), mtype=kind)
 
 
 def _offsets(part: str, config: ModelConfig) -> tuple[dict[str, int], int]:
