@@ -10,8 +10,8 @@ from hpcmoe.errors import UserError
 
 
 @contextmanager
-def whole_file(path: str | Path, what: str):
-    """A text file to write to, renamed to `path` at the end of the block; folders are made.
+def whole_file(path: str | Path, what: str, binary: bool = False):
+    """A file to write to (text, if not binary), renamed to `path` at the end of the block; folders are made.
 
     An exception in the block leaves nothing behind. what: its name in the message of the
     UserError raised where the folder or file cannot be written.
@@ -21,7 +21,7 @@ def whole_file(path: str | Path, what: str):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(part, "w", encoding="utf-8") as file:
+            with open(part, "wb") if binary else open(part, "w", encoding="utf-8") as file:
                 yield file
             os.replace(part, path)
         finally:

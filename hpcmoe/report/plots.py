@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcmoe.errors import UserError, at
+from hpcmoe.report.files import whole_file
 from hpcmoe.report.record import KINDS, RankRecord, Span
 from hpcmoe.report.trace import read_trace
 
@@ -108,14 +109,14 @@ def _legend(axes, colours: dict[str, str]) -> None:
 
 
 def _save(figure, path: str | Path) -> Path:
+    from matplotlib import rc_context
     path = Path(path)
-    try:
-        # no date and no random ids in the file: the same trace gives the same picture
-        from matplotlib import rc_context
-        with rc_context({"svg.hashsalt": "hpcmoe", "svg.fonttype": "none"}):
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the picture: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: cannot write the picture: {error}") from error
+    # no date and no random ids in the file: the same trace gives the same picture
+    metadata = {"Date": None} if path.suffix in (".svg", "") else {}
+    with rc_context({"svg.hashsalt": "hpcmoe", "svg.fonttype": "none"}):
+        with whole_file(path, "picture", binary=True) as file:
+            try:
+                figure.savefig(file, format=path.suffix[1:] or "svg", dpi=150, metadata=metadata)
+            except ValueError as error:
+                raise UserError(f"{path}: cannot write the picture: {error}") from error
     return path
