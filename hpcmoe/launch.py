@@ -30,7 +30,8 @@ TOGETHER_S = 3.0       # how long a failing rank waits for the others to fail as
 GRACE_S = 1.5          # how long a signalled main thread may take to end by itself
 TEXT_BYTES = 2048      # of a message, when ranks compare theirs
 
-_state: dict = {"line": None, "claim": None}  # line: the communicator on which failures are told
+# line: the communicator on which failures are told; claim, first: whether this rank prints for its node
+_state: dict = {"line": None, "claim": None, "first": False, "lock": threading.Lock()}
 
 
 class Terminated(BaseException):
@@ -120,7 +121,7 @@ def _fail(error: BaseException) -> int:
         MPI = _join_late(text)
     if MPI is None or MPI.COMM_WORLD.size == 1:
         if env_rank(os.environ) == 0:
-            _print(text)
+            _print_once(text) if signalled else _print(text)
         return code
     if signalled or not _all_failed(MPI, code, text):
         rank = MPI.COMM_WORLD.rank
@@ -211,9 +212,7 @@ def _end_all(MPI, code: int, text: str) -> None:
     """Print, unless a rank of this node already has, and end every rank. Does not return."""
     if MPI.COMM_WORLD.rank:
         time.sleep(0.5)  # where several fail, let the first rank speak
-    if _claim():
-        _print(text)
-    else:
+    if not _print_once(text):
         time.sleep(0.5)  # until the rank that claimed has printed
     # Abort may hang, with Python's lock held, or return: SIGALRM's default action needs no Python.
     signal.alarm(3)
@@ -221,17 +220,22 @@ def _end_all(MPI, code: int, text: str) -> None:
     os._exit(code)
 
 
-def _claim() -> bool:
-    """True for the first rank of a node that calls it: an abstract socket that only one can bind.
+def _print_once(text: str) -> bool:
+    """Print for the first rank of a node that calls this; True for that rank, however often it calls.
 
-    The ranks of a node have the launcher's daemon as their common parent.
+    An abstract socket, which only one can bind, decides. The ranks of a node have a common parent,
+    the launcher's daemon.
     """
-    _state["claim"] = socket.socket(socket.AF_UNIX)
-    try:
-        _state["claim"].bind(f"\0hpcmoe-end-{os.getppid()}")
-    except OSError:
-        return False
-    return True
+    with _state["lock"]:
+        if _state["claim"] is None:
+            _state["claim"] = socket.socket(socket.AF_UNIX)
+            try:
+                _state["claim"].bind(f"\0hpcmoe-end-{os.getppid()}")
+            except OSError:
+                return False
+            _print(text)
+            _state["first"] = True
+        return _state["first"]
 
 
 def _watch_signals() -> None:
@@ -249,13 +253,13 @@ def _watch_signals() -> None:
         number = 0
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(read, 1)[0]
-        time.sleep(GRACE_S)
         code, text = describe(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
+        if env_rank(os.environ) == 0:
+            _print_once(text)  # at once: the launcher may kill all within a second
+        time.sleep(GRACE_S)
         MPI = _started_mpi()
         if MPI is not None and MPI.COMM_WORLD.size > 1:
             _end_all(MPI, code, text)
-        if env_rank(os.environ) == 0:
-            _print(text)
         os._exit(code)
 
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
