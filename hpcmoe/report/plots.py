@@ -15,6 +15,7 @@ COLOURS = {
     "DISPATCH": "#6baed6", "EXPERT": "#d7301f", "COMBINE": "#2171b5", "MERGE": "#fcc5c0",
     "REDUCE": "#9e9ac8", "SEND": "#1a9641", "SAMPLE": "#756bb1",
 }
+DARK = ("EXPERT", "COMBINE", "SEND", "SAMPLE")  # their cells have white text
 WAIT = "#d9d9d9"
 ABSENT = "pictures need matplotlib: pip install 'hpcmoe[plot]'"
 
@@ -64,7 +65,8 @@ def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
         y = rows.index(row)
         axes.broken_barh([(column, 1)], (y - 0.4, 0.8), facecolors=COLOURS[kind],
                          edgecolors="white", linewidth=0.5)
-        axes.text(column + 0.5, y, str(micro), ha="center", va="center", fontsize=7)
+        axes.text(column + 0.5, y, str(micro), ha="center", va="center", fontsize=7,
+                  color="white" if kind in DARK else "black")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, last + 1)
