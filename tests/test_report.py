@@ -26,9 +26,11 @@ from hpcmoe.report.record import KINDS, MOVES, RankRecord, RequestTimes, StepRow
 DOCS = Path(__file__).parent.parent / "docs" / "report.md"
 FACTS = {
     "task": "generate", "layout": {"dp": 1, "pp": 1, "ep": 2, "tp": 1}, "leaders": "all",
-    "schedule": "overlapped", "transport": "pairwise", "dtype": "fp32", "threads": 1,
-    "micro_batches": 2, "lanes": 2, "linear": {"backend": "numpy", "version": "2"},
-    "mpi": {"vendor": "MPICH", "version": "5"},
+    "layout_reason": "one expert per rank", "sequences_at_once": 64, "context_tokens": 256,
+    "schedule": {"name": "overlapped", "micro_batches": 2, "lanes": 2}, "gpus": [],
+    "transport": "pairwise", "dtype": "fp32", "threads": 1,
+    "linear": {"backend": "numpy", "version": "2"},
+    "mpi": {"vendor": "MPICH", "version": "5", "threads": "multiple"},
     "versions": {"hpcmoe": "0", "python": "3", "numpy": "2", "h5py": "3", "mpi4py": "4"},
     "model": {"file": "m.h5", "family": "mixtral", "layers": 1, "experts": 3, "top_k": 2,
               "d": 8, "f": 16, "vocab": 32},
@@ -324,7 +326,10 @@ def test_table_fits_a_page():
     lines = table.render(metrics(big_run(), FACTS)).splitlines()
     assert max(map(len, lines)) <= 100 and len(lines) <= 60
     assert any("all layers, max" in line for line in lines)
-    assert any("64 on 32 nodes: node0, node1" in line for line in lines)
+    dispatch = next(line.split() for line in lines if line.startswith("  dispatch  ")
+                    and "TiB" in line)
+    assert dispatch == ["dispatch", *["7.901e+12"] * 3, "7.2", "TiB", "7.2", "TiB"]
+    assert any("64 on 32 nodes: node0, node1, node2" in line for line in lines)
 
 
 def test_table_says_what_the_report_says():

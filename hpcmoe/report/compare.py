@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from hpcmoe.report.table import WIDTH, number, percent, size, words
 
 TITLE, CELL = 28, 18
 PER_BLOCK = (WIDTH - TITLE) // CELL
 
-SETTINGS = ("task", "layout", "leaders", "schedule", "transport", "dtype")
+# title and place in the section `run`
+SETTINGS = (("task", "task"), ("layout", "layout"), ("leaders", "leaders"),
+            ("schedule", "schedule.name"), ("micro-batches", "schedule.micro_batches"),
+            ("lanes", "schedule.lanes"), ("transport", "transport"), ("dtype", "dtype"),
+            ("products", "linear.backend"), ("threads per rank", "threads"))
 # title, section, field, how to print it, whether a ratio to the first run says something
 FIGURES = (
     ("elapsed, s", "throughput", "elapsed_s", number, True),
@@ -75,11 +81,10 @@ def _block(names: list[str], reports: list[dict]) -> list[str]:
     lines = [_line("", [_fit(name) for name in names])]
     lines.append(_line("ranks / nodes", [f"{r['run']['ranks']} / {r['run']['nodes']}"
                                          for r in reports]))
-    for key in SETTINGS:
-        if any(key in r["run"] for r in reports):
-            # "dp=1 pp=4 ep=16 tp=1" fits a column without its signs
-            lines += _setting(key, [words(r["run"].get(key, "-")).replace("=", "")
-                                    for r in reports])
+    for title, place in SETTINGS:
+        values = [_look_up(r["run"], place) for r in reports]
+        if any(value is not None for value in values):
+            lines += _setting(title, values)
     lines.append("")
     for figure in FIGURES:
         if figure is None:
@@ -99,12 +104,19 @@ def _block(names: list[str], reports: list[dict]) -> list[str]:
     return lines
 
 
-def _setting(key: str, values: list[str]) -> list[str]:
-    """One line, or one per word where a value (a layout) is too long for its column."""
-    if all(len(value) < CELL for value in values):
-        return [_line(key, values)]
-    parts = [value.split() for value in values]
-    return [_line(key if i == 0 else "", [_fit(p[i]) if i < len(p) else "" for p in parts])
+def _look_up(run: dict, place: str):
+    value = run
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _setting(title: str, values: list) -> list[str]:
+    """One line, or several where a value is too long for its column."""
+    # "dp=1 pp=4 ep=16 tp=1" fits a column without its signs
+    texts = ["-" if value is None else words(value).replace("=", "") for value in values]
+    parts = [textwrap.wrap(text, CELL - 1) for text in texts]
+    return [_line("" if i else title, [p[i] if i < len(p) else "" for p in parts])
             for i in range(max(map(len, parts)))]
 
 

@@ -58,7 +58,7 @@ def metrics(records: list[RankRecord], facts: dict) -> dict:
         "run": facts | {
             "ranks": len(records),
             "nodes": len({r.node for r in records}),
-            "hosts": sorted({r.host for r in records}),
+            "hosts": list(dict.fromkeys(r.host for r in records)),
         },
         "requests": {"finished": len(requests), "failed": failed},
         "throughput": throughput,

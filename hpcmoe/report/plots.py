@@ -54,8 +54,10 @@ def plot_trace(source: list[RankRecord] | str | Path, path: str | Path,
 def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
     """The pipeline as a grid of (row label, column, kind, layer, micro-batch), one op per cell.
 
-    A cell is coloured by kind and shows its micro-batch. Errors as plot_trace.
+    A cell is coloured by kind and shows its micro-batch. RECV is not drawn: it is posted in the
+    slot of another op. Errors as plot_trace.
     """
+    schedule_cells = [cell for cell in schedule_cells if cell[2] != "RECV"]
     if not schedule_cells:
         raise at("schedule", "cells", 0, "at least one")
     rows = list(dict.fromkeys(cell[0] for cell in schedule_cells))

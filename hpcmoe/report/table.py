@@ -12,6 +12,7 @@ from hpcmoe.report.files import whole_file
 
 WIDTH = 100
 LAYERS_SHOWN = 4
+LONG = 1e9  # from here on a number in full is too wide for a column
 
 
 # ---------------------------------------------------------------- one value as text
@@ -19,6 +20,8 @@ def number(value: float | None, digits: int = 4) -> str:
     """About `digits` significant digits, thousands apart; "-" where there is no value."""
     if value is None:
         return "-"
+    if abs(value) >= LONG:
+        return f"{value:.{digits - 1}e}"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if value == 0:
@@ -84,10 +87,12 @@ def render(report: dict, width: int = WIDTH) -> str:
 
 def _run(report: dict, width: int) -> list[str]:
     run = report["run"]
-    places = {"layout": words(run.get("layout", "-"))}
-    for key in ("leaders", "schedule", "transport", "dtype", "threads"):
-        if key in run:
-            places[key] = words(run[key])
+    schedule = run.get("schedule", "-")
+    if isinstance(schedule, dict):
+        schedule = ", ".join(words(value) if name == "name" else f"{name} {words(value)}"
+                             for name, value in schedule.items()).replace("_", "-")
+    setting = [f"{name} {words(run[name])}" for name in ("leaders", "transport", "dtype", "threads")
+               if name in run]
     model = run.get("model", {})
     lines = [
         ("Report", f"task {run.get('task', '-')}; {report['num_requests']:,} requests finished, "
@@ -96,8 +101,8 @@ def _run(report: dict, width: int) -> list[str]:
         ("model", words(model)),
         ("ranks", f"{run['ranks']} on {run['nodes']} node{'s' if run['nodes'] > 1 else ''}: "
                   + words(run["hosts"])),
-        ("layout", "; ".join(f"{key} {text}" if key != "layout" else text
-                             for key, text in places.items())),
+        ("layout", "; ".join([words(run.get("layout", "-")), *setting])),
+        ("schedule", words(schedule)),
         ("MPI", bare(run.get("mpi", "-")) + "; products: " + bare(run.get("linear", "-"))),
         ("versions", words(run.get("versions", "-"))),
     ]
