@@ -81,9 +81,15 @@ class _Fields:
             return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
-            words = {int: "an integer", float: "a number", bool: "true or false", dict: "a table"}
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            words = {int: "an integer", float: "a number", bool: "true or false"}
             raise at(self.where, name, value, words[kind])
+        return value
+
+    def positive(self, name: str, kind: type, default=None):
+        value = self.get(name, kind, default)
+        if value <= 0:
+            raise at(self.where, name, value, "a number > 0")
         return value
 
     def error(self, name: str, expected: str) -> UserError:
@@ -96,7 +102,8 @@ def family_of(hf: Mapping[str, Any], where: str) -> str:
     if name not in FAMILIES:
         raise at(where, "model_type", name, "a supported family: " + ", ".join(sorted(FAMILIES)))
     wanted = FAMILIES[name].architecture
-    for architecture in hf.get("architectures") or [wanted]:
+    found = hf.get("architectures") or [wanted]
+    for architecture in found if isinstance(found, list) else [found]:
         if str(architecture).lower() != wanted.lower():
             raise at(where, "architectures", architecture, f"{wanted} (a language model with its head)")
     return name
@@ -118,8 +125,8 @@ def model_config(hf: Mapping[str, Any], where: str, generation: Mapping[str, Any
             raise UserError(f"{where}: {option} = {value!r}: not supported in family {name}"
                             + (f"; supported: {allowed[-1]!r}" if allowed[-1] is not None else ""))
     kinds = hf.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds) and not _window(hf, name):
-        raise at(where, "layer_types", sorted(set(kinds)), "full_attention only")
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise at(where, "layer_types", kinds, "a list of full_attention only")
     config = ModelConfig(
         family=name, vocab=fields.get("vocab_size", int), d=fields.get("hidden_size", int),
         layers=fields.get("num_hidden_layers", int), attention=_attention(fields, name),
@@ -211,7 +218,7 @@ def _rope(fields: _Fields, name: str) -> dict:
         raise fields.error(which, "a table")
     kind = table.data.get("rope_type", table.data.get("type", "default"))
     default = {"mixtral": 1e6, "phimoe": 1e6}.get(name, 1e4)
-    theta = float(table.data.get("rope_theta") or hf.get("rope_theta") or default)
+    theta = table.positive("rope_theta", float, fields.positive("rope_theta", float, default))
     if table.data.get("partial_rotary_factor", 1.0) != 1.0:
         raise table.error("partial_rotary_factor", "1.0")
     rope: dict[str, Any] = {"type": kind, "theta": theta}
@@ -221,15 +228,17 @@ def _rope(fields: _Fields, name: str) -> dict:
         raise UserError(f"{fields.where}: {which}: rope type {kind!r} is not supported: "
                         "expected default, linear, llama3, yarn or longrope")
     if kind != "linear":
-        original = hf.get("original_max_position_embeddings")
-        rope["original"] = table.get("original_max_position_embeddings", int,
-                                     original or hf.get("max_position_embeddings"))
+        context = fields.positive("max_position_embeddings", int)
+        name_ = "original_max_position_embeddings"
+        rope["original"] = table.positive(name_, int, fields.positive(name_, int, context))
     if kind == "longrope":
         return rope | _longrope(fields, table, rope["original"], name)
     if kind != "yarn" or table.data.get("factor") is not None:
-        rope["factor"] = table.get("factor", float)
+        rope["factor"] = table.positive("factor", float)
     if kind == "llama3":
-        rope |= {key: table.get(key, float) for key in ("low_freq_factor", "high_freq_factor")}
+        rope |= {key: table.positive(key, float) for key in ("low_freq_factor", "high_freq_factor")}
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise table.error("low_freq_factor", f"less than high_freq_factor = {rope['high_freq_factor']}")
     if kind == "yarn":
         rope |= _yarn(fields, table, rope)
     return rope
@@ -242,29 +251,31 @@ def _yarn(fields: _Fields, table: _Fields, rope: dict) -> dict:
     def mscale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    both = table.data.get("mscale"), table.data.get("mscale_all_dim")
+    both = [table.get(key, float, 0.0) for key in ("mscale", "mscale_all_dim")]
     resolved = mscale(both[0]) / mscale(both[1]) if all(both) else mscale(1.0)
-    return {"factor": factor, "beta_fast": table.get("beta_fast", float, 32.0),
-            "beta_slow": table.get("beta_slow", float, 1.0), "truncate": table.get("truncate", bool, True),
-            "attention_factor": table.get("attention_factor", float, resolved)}
+    return {"factor": factor, "beta_fast": table.positive("beta_fast", float, 32.0),
+            "beta_slow": table.positive("beta_slow", float, 1.0), "truncate": table.get("truncate", bool, True),
+            "attention_factor": table.positive("attention_factor", float, resolved)}
 
 
 def _longrope(fields: _Fields, table: _Fields, original: int, name: str) -> dict:
     """arXiv 2402.13753; the factors on cos and sin are Phi-3.5-MoE's own where given."""
-    hf = fields.data
-    half = fields.get("head_dim", int, hf["hidden_size"] // hf["num_attention_heads"]) // 2
+    wide = fields.get("hidden_size", int) // fields.positive("num_attention_heads", int)
+    half = fields.positive("head_dim", int, wide) // 2
+    if original < 2:
+        raise table.error("original_max_position_embeddings", "an integer >= 2")
     found: dict[str, Any] = {}
     for key in ("short_factor", "long_factor"):
         value = table.data.get(key)
         if not isinstance(value, list) or len(value) != half \
-                or not all(isinstance(x, (int, float)) and x > 0 for x in value):
+                or not all(type(x) in (int, float) and 0 < x < math.inf for x in value):
             raise table.error(key, f"a list of {half} numbers > 0, one for each pair of a head")
         found[key] = [float(x) for x in value]
-    factor = table.get("factor", float, fields.get("max_position_embeddings", int) / original)
+    factor = table.positive("factor", float, fields.get("max_position_embeddings", int) / original)
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    usual = table.get("attention_factor", float, usual)
+    usual = table.positive("attention_factor", float, usual)
     for key in ("short_mscale", "long_mscale"):
-        found[key] = table.get(key, float, None if name == "phimoe" else usual)
+        found[key] = table.positive(key, float, None if name == "phimoe" else usual)
     return found
 
 

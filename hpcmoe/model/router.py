@@ -50,7 +50,7 @@ def gate(logit_te, config: RouterConfig, bias_e=None):
     weight_tk = xp.take_along_axis(score_te, expert_tk, axis=1)
     if config.score == "softmax" and config.over == "selected":
         weight_tk = softmax(weight_tk)
-    elif config.renormalise and config.top_k > 1:
+    elif config.renormalise:
         weight_tk = weight_tk / weight_tk.sum(axis=1, keepdims=True)
     return expert_tk, (weight_tk * np.float32(config.scale)).astype(np.float32)
 

@@ -5,11 +5,17 @@ Names are those of the weights file and of the program alike. Weights are [out, 
 
 from __future__ import annotations
 
+import math
+
 from hpcmoe.config import ModelConfig
 from hpcmoe.errors import UserError, at
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+# Numbers that each kind of rotary positions needs besides theta; longrope's factors are lists.
+ROPES = {"default": (), "linear": ("factor",),
+         "llama3": ("factor", "original", "low_freq_factor", "high_freq_factor"),
+         "yarn": ("factor", "original", "beta_fast", "beta_slow", "attention_factor"),
+         "longrope": ("original", "short_mscale", "long_mscale")}
 SCORES = ("softmax", "sigmoid", "sparsemixer")
 
 
@@ -91,10 +97,9 @@ def check_model(config: ModelConfig, where: str) -> None:
              "attention.rope.type": (a.rope.get("type"), ROPES), "expert.activation": (x.activation, ACTIVATIONS),
              "router.score": (r.score, SCORES), "router.over": (r.over, ("all", "selected"))}
     for name, (value, allowed) in words.items():
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise at(where, name, value, "one of " + ", ".join(allowed))
-    if not isinstance(a.rope.get("theta"), (int, float)) or a.rope["theta"] <= 0:
-        raise UserError(f"{where}: attention.rope.theta = {a.rope.get('theta')!r}: expected a number > 0")
+    _check_rope(a.rope, a.head_dim, where)
     for token in config.stop_ids:
         if not 0 <= token < config.vocab:
             raise at(where, "stop_ids", token, f"token ids below vocab = {config.vocab}")
@@ -102,16 +107,26 @@ def check_model(config: ModelConfig, where: str) -> None:
         raise at(where, "bos_id", config.bos_id, f"-1, or a token id below vocab = {config.vocab}")
 
 
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _check_rope(rope: dict, head_dim: int, where: str) -> None:
+    for name in ("theta", *ROPES[rope["type"]]):
+        if not _positive(rope.get(name)):
+            raise UserError(f"{where}: attention.rope.{name} = {rope.get(name)!r}: expected a number > 0")
+    if rope["type"] == "longrope":
+        for name in ("short_factor", "long_factor"):
+            value = rope.get(name)
+            if not isinstance(value, list) or len(value) != head_dim // 2 or not all(map(_positive, value)):
+                raise UserError(f"{where}: attention.rope.{name}: expected a list of {head_dim // 2} numbers > 0, "
+                                "one for each pair of a head")
+
+
 def parameters(config: ModelConfig) -> int:
     """Number of parameters of the whole model."""
     def count(shapes):
-        total = 0
-        for shape in shapes.values():
-            size = 1
-            for n in shape:
-                size *= n
-            total += size
-        return total
+        return sum(math.prod(shape) for shape in shapes.values())
 
     layer = count(dense_shapes(config)) + config.router.experts * count(expert_shapes(config))
     return count(top_shapes(config)) + config.layers * layer

@@ -7,11 +7,14 @@ collective when all roles of the stage posted it, a RECV when its SEND (or the l
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 from hpcmoe.parallel.ops import COLLECTIVES, Op
 from hpcmoe.parallel.schedule import Role, Schedule
 
 ROUNDS = 2
+LETTERS = {"ATTEND": "a", "GATE": "g", "COUNTS": "n", "DISPATCH": "d", "EXPERT": "e", "COMBINE": "c", "MERGE": "m",
+           "SEND": ">", "SAMPLE": "s"}
 
 
 class ScheduleError(Exception):
@@ -48,11 +51,9 @@ def _check_collectives(schedule: Schedule) -> None:
         for lane in range(schedule.lanes):
             orders = [[s.op for s in schedule.programs[Role(stage, leader)]
                        if s.op.kind in COLLECTIVES and s.op.micro % schedule.lanes == lane] for leader in (True, False)]
-            for mine, other in zip(*orders):
+            for mine, other in zip_longest(*orders):
                 if mine != other:
-                    _fail(schedule, Role(stage, False), other, f"lane {lane}: the leaders post {mine} here")
-            if len(orders[0]) != len(orders[1]):
-                _fail(schedule, Role(stage, False), None, f"lane {lane}: leaders post {len(orders[0])} collectives, the others {len(orders[1])}")
+                    _fail(schedule, Role(stage, False), other or mine, f"lane {lane}: the leaders post {mine or 'nothing'} here")
 
 
 def _check_messages(schedule: Schedule) -> None:
@@ -60,10 +61,13 @@ def _check_messages(schedule: Schedule) -> None:
     for stage in range(schedule.stages):
         role, after = Role(stage, True), Role((stage + 1) % schedule.stages, True)
         kind = "SAMPLE" if stage == schedule.stages - 1 else "SEND"
-        sent = [s.op.micro for s in schedule.programs[role] if s.op.kind == kind]
-        received = [s.op.micro for s in schedule.programs[after] if s.op.kind == "RECV"]
-        if sent != received:
-            _fail(schedule, role, None, f"sends micro-batches {sent}, {after} receives {received}")
+        sent = [s.op for s in schedule.programs[role] if s.op.kind == kind]
+        received = [s.op for s in schedule.programs[after] if s.op.kind == "RECV"]
+        for mine, other in zip_longest(sent, received):
+            if mine is None:
+                _fail(schedule, after, other, f"nothing is sent by {role} for it")
+            if other is None or mine.micro != other.micro:
+                _fail(schedule, role, mine, f"{after} receives {other or 'nothing'} here")
 
 
 def _check_progress(schedule: Schedule) -> None:
@@ -156,4 +160,22 @@ def grid(schedule: Schedule, guilty_role: Role | None = None, guilty: Op | None 
             cell = f"{step.op.kind[:4].lower()}{step.op.layer}.{step.op.micro}"
             cells.append(f">>{cell}<<" if (role, step.op) == (guilty_role, guilty) else cell)
         lines.append(f"{str(role):16s} " + " ".join(cells))
+    return "\n".join(lines)
+
+
+def draw(schedule: Schedule, cells: list) -> str:
+    """The grid of a timeline: a row per stage, a column per tick, in each cell the op's first letter and micro-batch."""
+    rows: dict[Role, dict[int, str]] = {}
+    for role, _, tick, op in cells:
+        if op.kind != "RECV":
+            rows.setdefault(role, {})[tick] = f"{LETTERS[op.kind]}{op.micro}"
+    width = max((len(cell) for row in rows.values() for cell in row.values()), default=2) + 1
+    last = max((tick for row in rows.values() for tick in row), default=0)
+    lines = [f"schedule {schedule.name}: {schedule.stages} stage(s), {schedule.layers} layers, {schedule.micros} "
+             f"micro-batch(es), {schedule.lanes} lane(s); a column is one tick, a cell an op and its micro-batch",
+             "  ".join(f"{letter}={kind}" for kind, letter in LETTERS.items())]
+    for role, row in rows.items():
+        busy = len(row) / (last + 1)
+        line = "".join(row.get(tick, ".").ljust(width) for tick in range(last + 1)).rstrip()
+        lines.append(f"stage {role.stage} ({busy:4.0%} busy) {line}")
     return "\n".join(lines)
