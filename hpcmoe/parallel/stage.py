@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from mpi4py import MPI
 
 from hpcmoe.config import ModelConfig
 from hpcmoe.model.dtypes import to_fp32
