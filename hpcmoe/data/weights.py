@@ -6,6 +6,7 @@ a node share them, and an expert is one contiguous range of the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -46,15 +47,13 @@ class WeightsFile:
         self._sums = None
         self._file = _open(self.path)
         try:
-            self._read_header()
-            self._check_names()
-            self._size = os.path.getsize(self.path)
+            with self._damaged():
+                self._read_header()
+                self._check_names()
+                self._size = os.path.getsize(self.path)
         except UserError:
             self.close()
             raise
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            self.close()
-            raise UserError(f"{self.path}: damaged HDF5 file: {error}") from error
 
     def __enter__(self):
         return self
@@ -124,20 +123,19 @@ class WeightsFile:
             raise at(where, "dtype", self.dtype, "one of " + ", ".join(STORED))
         if "complete" not in self._file or int(self._file["complete"][()]) != 1:
             raise UserError(f"{where}: unfinished: its writing was cut; run the same command again to go on")
-        data = self._json("config")
-        if not isinstance(data, dict):
-            raise UserError(f"{where}: attribute config: expected a JSON object")
-        self.config: ModelConfig = from_dict(ModelConfig, data, where, "config.")
+        self.config: ModelConfig = from_dict(ModelConfig, self._json("config"), where, "config.")
         check_model(self.config, f"{where}: config")
         self.special, self.notes = self._json("special"), self._json("notes")
         self.tokenizer_json, self.chat_template = (self._text(name) for name in schema.TEXTS)
 
-    def _json(self, name: str):
-        text = self._file.attrs.get(name, "{}")
+    def _json(self, name: str) -> dict:
         try:
-            return json.loads(text)
+            data = json.loads(self._file.attrs.get(name, "{}"))
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path}: attribute {name} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{self.path}: attribute {name}: expected a JSON object")
+        return data
 
     def _text(self, name: str) -> str | None:
         if name not in self._file:
@@ -158,6 +156,14 @@ class WeightsFile:
             if name not in there:
                 raise UserError(f"{self.path}: tensor {prefix}{name} is missing")
 
+    @contextlib.contextmanager
+    def _damaged(self):
+        """What the HDF5 library raises over a damaged file, as one UserError."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path}: damaged HDF5 file: {error}") from error
+
     # ------------------------------------------------------------ bytes
     def _dataset(self, unit: Unit) -> h5py.Dataset:
         """The unit's dataset, once its shape and type are what the configuration asks for."""
@@ -174,8 +180,9 @@ class WeightsFile:
 
     def _place(self, unit: Unit) -> tuple[int, np.dtype]:
         """(offset in the file, stored dtype) of a unit."""
-        dataset = self._dataset(unit)
-        offset, size = dataset.id.get_offset(), dataset.dtype.itemsize
+        with self._damaged():
+            dataset = self._dataset(unit)
+            offset, size = dataset.id.get_offset(), dataset.dtype.itemsize
         if offset is None:
             raise UserError(f"{self.path}: {unit.dataset}: expected a contiguous dataset with its space allotted")
         if unit.expert >= 0:
@@ -201,7 +208,8 @@ class WeightsFile:
 
     def _expected(self, unit: Unit) -> int:
         if self._sums is None:
-            self._sums = self._file["checksums"][()]
+            with self._damaged():
+                self._sums = self._file["checksums"][()]
         row = schema.row_of(self.config, unit)
         if self._sums.dtype != schema.CHECKSUM_ROW or row >= len(self._sums) \
                 or self._sums["name"][row].decode("latin1") != unit.name:
@@ -229,7 +237,8 @@ class WeightsFile:
         return found
 
     def _nbytes(self, units: list[Unit]) -> int:
-        return sum(unit.elements * self._dataset(unit).dtype.itemsize for unit in units)
+        with self._damaged():
+            return sum(unit.elements * self._dataset(unit).dtype.itemsize for unit in units)
 
 
 def _open(path: str) -> h5py.File:
