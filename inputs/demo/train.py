@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import corpus
 
@@ -44,7 +45,7 @@ class Plan:
     warmup_steps: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
-    balance: float = 0.003           # weight of the router's load-balancing loss
+    balance: float = 0.01            # weight of the router's load-balancing loss
     short: int = 256                 # row length, until `lengthen`
     long: int = 512                  # row length after it: the whole context gets trained
     lengthen: float = 0.75
@@ -217,7 +218,7 @@ def train(args, plan):
                 csv.writer(file).writerow([step, tokens, f"{minutes:.2f}", f"{np.mean(recent):.4f}", f"{rate:.2e}"])
             print(f"step {step} tokens {tokens:,} minutes {minutes:.1f} loss {np.mean(recent):.4f} rate {rate:.2e}", flush=True)
             recent = []
-        if done >= 1 or minutes - saved >= args.save_every or (saved == 0 and minutes >= 4):
+        if done >= 1 or minutes - saved >= args.save_every or (saved == 0 and minutes >= 3):
             look, least, most = quick_look(model, held)
             note = (f"step {step}, {tokens} tokens, held-out loss {json.dumps(look)}, expert load "
                     f"min {least:.2f} max {most:.2f} of mean, {'final' if done >= 1 else 'not final'}")
@@ -257,6 +258,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
     plan = Plan(seed=args.seed, minutes=args.minutes, token_budget=args.tokens)
     args.work.mkdir(parents=True, exist_ok=True)
     (args.work / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
