@@ -201,7 +201,7 @@ def test_truncated_anywhere(made, tmp_path_factory, share):
 
 def change(path, name, value):
     with h5py.File(path, "r+") as file:
-        file.attrs[name] = value
+        file.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
 
 
 def test_wrong_version_dtype_and_config(copy):

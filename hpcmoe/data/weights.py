@@ -48,9 +48,9 @@ class WeightsFile:
         self._file = _open(self.path)
         try:
             with self._damaged():
+                self._size = os.path.getsize(self.path)
                 self._read_header()
                 self._check_names()
-                self._size = os.path.getsize(self.path)
         except UserError:
             self.close()
             raise
@@ -110,27 +110,36 @@ class WeightsFile:
 
     # ------------------------------------------------------------ opening
     def _read_header(self) -> None:
-        where, attrs = self.path, self._file.attrs
-        if attrs.get("format") != schema.FORMAT:
+        where = self.path
+        if self._attribute("format") != schema.FORMAT:
             raise UserError(f"{where}: an HDF5 file, but not one of model weights: attribute format = "
-                            f"{attrs.get('format')!r}: expected {schema.FORMAT!r} (made by `hpcmoe weights`)")
-        version = attrs.get("version")
+                            f"{self._attribute('format')!r}: expected {schema.FORMAT!r} (made by `hpcmoe weights`)")
+        version = self._file.attrs.get("version")
         if not isinstance(version, (int, np.integer)) or version != schema.VERSION:
             raise UserError(f"{where}: schema version {version}: this program reads version "
                             f"{schema.VERSION}; convert the model again")
-        self.dtype = attrs.get("dtype")
+        self.dtype = self._attribute("dtype")
         if self.dtype not in STORED:
             raise at(where, "dtype", self.dtype, "one of " + ", ".join(STORED))
-        if "complete" not in self._file or int(self._file["complete"][()]) != 1:
+        if int(self._small("complete")[()]) != 1:
             raise UserError(f"{where}: unfinished: its writing was cut; run the same command again to go on")
         self.config: ModelConfig = from_dict(ModelConfig, self._json("config"), where, "config.")
         check_model(self.config, f"{where}: config")
         self.special, self.notes = self._json("special"), self._json("notes")
         self.tokenizer_json, self.chat_template = (self._text(name) for name in schema.TEXTS)
 
+    def _attribute(self, name: str) -> str:
+        """A text attribute, "" where there is none. Only fixed lengths: those a damaged file cannot inflate."""
+        if name not in self._file.attrs:
+            return ""
+        kind = self._file.attrs.get_id(name).dtype
+        if kind.kind != "S":
+            raise UserError(f"{self.path}: attribute {name}: expected a text of fixed length")
+        return self._file.attrs[name].decode()
+
     def _json(self, name: str) -> dict:
         try:
-            data = json.loads(self._file.attrs.get(name, "{}"))
+            data = json.loads(self._attribute(name) or "{}")
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path}: attribute {name} is not JSON: {error}") from error
         if not isinstance(data, dict):
@@ -140,7 +149,14 @@ class WeightsFile:
     def _text(self, name: str) -> str | None:
         if name not in self._file:
             return None
-        return self._file[name][()].decode()
+        return self._small(name)[()].decode()
+
+    def _small(self, name: str) -> h5py.Dataset:
+        """A dataset that is read as a whole: its stated size must be one that the file can hold."""
+        dataset = self._file[name]
+        if not isinstance(dataset, h5py.Dataset) or dataset.nbytes > self._size or dataset.dtype.hasobject:
+            raise UserError(f"{self.path}: {name}: damaged: expected a dataset within the file's {self._size} bytes")
+        return dataset
 
     def _check_names(self) -> None:
         """Every dataset that the configuration asks for is there (names only: that is quick)."""
@@ -209,7 +225,7 @@ class WeightsFile:
     def _expected(self, unit: Unit) -> int:
         if self._sums is None:
             with self._damaged():
-                self._sums = self._file["checksums"][()]
+                self._sums = self._small("checksums")[()]
         row = schema.row_of(self.config, unit)
         if self._sums.dtype != schema.CHECKSUM_ROW or row >= len(self._sums) \
                 or self._sums["name"][row].decode("latin1") != unit.name:

@@ -93,7 +93,7 @@ class WeightsWriter:
             return False
         try:
             with h5py.File(self.part, "r", locking=False) as file:
-                same = file.attrs["made_from"] == _made_from(self.header)
+                same = file.attrs["made_from"] == _made_from(self.header).encode()
         except (OSError, KeyError) as error:
             self.restarted = f"{self.part} is not usable ({type(error).__name__})"
             return False
@@ -217,13 +217,12 @@ def _made_from(header: Header) -> str:
 def _lay_out(part: str, header: Header, units: list[Unit]) -> None:
     with h5py.File(part, "w", locking=False, alignment_threshold=schema.ALIGN_FROM,
                    alignment_interval=schema.ALIGN, meta_block_size=1 << 16) as file:
-        file.attrs["format"] = schema.FORMAT
         file.attrs["version"] = schema.VERSION
-        file.attrs["dtype"] = header.dtype
-        file.attrs["config"] = json.dumps(to_dict(header.config))
-        file.attrs["special"] = json.dumps(header.special)
-        file.attrs["notes"] = json.dumps(header.notes)
-        file.attrs["made_from"] = _made_from(header)
+        texts = {"format": schema.FORMAT, "dtype": header.dtype, "config": json.dumps(to_dict(header.config)),
+                 "special": json.dumps(header.special), "notes": json.dumps(header.notes),
+                 "made_from": _made_from(header)}
+        for name, text in texts.items():  # bytes: a fixed length, within the object itself
+            file.attrs[name] = np.bytes_(text)
         for name, shape in schema.dataset_shapes(header.config, header.dtype).items():
             _empty(file, name, shape, STORED[header.dtype_of(name)])
         table = np.zeros(len(units), CHECKSUM_ROW)
