@@ -12,18 +12,17 @@ from hpcmoe.model.dtypes import to_fp32
 from hpcmoe.model.experts import flop_per_row
 from hpcmoe.model.kvcache import KVCache
 from hpcmoe.model.router import gate
-from hpcmoe.model.sampler import Sampling, log_probability, sample
 from hpcmoe.parallel import exchange
-from hpcmoe.parallel.batch import SAMPLED, SCORED, Batch, Batcher, Work, header_size
+from hpcmoe.parallel.batch import Batch, Batcher, Work, header_size
 from hpcmoe.parallel.exchange import Handle, Plan
 from hpcmoe.parallel.holdings import Holdings
+from hpcmoe.parallel.next_tokens import NextTokens
 from hpcmoe.parallel.ops import Op
 from hpcmoe.parallel.route import Route, by_expert, merge, route
 from hpcmoe.parallel.world import World
 from hpcmoe.report.record import RankRecord
 
 FLAGS = 3  # beside the counts: the leader has work, requests it finished, tokens it made
-HEAD_ROWS = 512  # rows whose logits are held at once
 TAG_HEADER, TAG_ROWS, TAG_TOKENS = 1, 2, 3
 
 
@@ -106,7 +105,7 @@ class Stage:
         if world.leader is not None:
             a = model.attention
             self.cache = KVCache(np, layers, limits.slots * limits.micros, a.kv_heads, a.head_dim, limits.context)
-        self.sampling = self._sampling() if world.last_stage and world.leader is not None else None
+        self.next_tokens = NextTokens(held, works) if world.last_stage and world.leader is not None else None
 
     def table(self) -> dict:
         """{kind: method}."""
@@ -115,12 +114,6 @@ class Stage:
 
     def lane(self, op: Op) -> int:
         return op.micro % self.limits.lanes
-
-    def _sampling(self) -> Sampling:
-        """The requests' sampling parameters as arrays over this leader's requests."""
-        columns = zip(*[(w.temperature, w.top_k, w.top_p, w.seed % 2**64, w.index) for w in self.works]) if self.works else [[]] * 5
-        types = (np.float64, np.int64, np.float64, np.uint64, np.uint64)
-        return Sampling(*(np.array(list(c), dtype=t) for c, t in zip(columns, types)))
 
     # ------------------------------------------------------------ in
     def recv(self, op: Op) -> Handle | None:
@@ -274,7 +267,7 @@ class Stage:
     def sample(self, op: Op) -> Handle | None:
         """The next token of each sequence that wants one, or the log-probabilities of given ones."""
         micro, world = self.micros[op.micro], self.world
-        token_n, logprob_n = self._sample(micro)
+        token_n, logprob_n = self.next_tokens(micro.batch, micro.x_td)
         if world.first_stage:
             micro.answer = (token_n, logprob_n)
             return None
@@ -284,37 +277,6 @@ class Stage:
         target = world.counterpart[0]
         self._count_message(op, target, len(token_n), message.nbytes)
         return Handle([world.pipe.Isend(message, target, self._tag(TAG_TOKENS, op))], (message,))
-
-    def _sample(self, micro: Micro) -> tuple[np.ndarray, np.ndarray]:
-        """(one token per sampled segment, one log-probability per token or per scored row)."""
-        segments, emit_q = micro.batch.segments, micro.batch.emit_q
-        request_t = np.repeat(micro.batch.request_q, segments.count_q)
-        scored_t = np.repeat(emit_q == SCORED, segments.count_q)
-        wanted_t = np.zeros(len(request_t), dtype=bool)
-        wanted_t[(np.cumsum(segments.count_q) - 1)[emit_q == SAMPLED]] = True
-        for t in np.flatnonzero(scored_t):  # a text's last token has no next one
-            wanted_t[t] = segments.position_t[t] + 1 < len(self.works[request_t[t]].tokens)
-        rows = np.flatnonzero(wanted_t)
-        tokens, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
-        for first in range(0, len(rows), HEAD_ROWS):
-            part = rows[first:first + HEAD_ROWS]
-            next_tokens = self._given_tokens if scored_t[part].any() else self._new_tokens
-            logit_nv = self.held.head(self.held.norm(micro.x_td[part]))
-            token_n, logprob_n = next_tokens(logit_nv, request_t[part], segments.position_t[part])
-            tokens.append(token_n)
-            values.append(logprob_n)
-        return np.concatenate(tokens), np.concatenate(values)
-
-    def _given_tokens(self, logit_nv, request_n, position_n) -> tuple[np.ndarray, np.ndarray]:
-        """Nothing new, and the log-probabilities of the texts' own next tokens."""
-        given_n = np.array([self.works[r].tokens[p + 1] for r, p in zip(request_n, position_n)])
-        return np.zeros(0, dtype=np.int64), log_probability(logit_nv, given_n)
-
-    def _new_tokens(self, logit_nv, request_n, position_n) -> tuple[np.ndarray, np.ndarray]:
-        token_n = sample(logit_nv, Sampling(*(a[request_n] for a in self.sampling)), position_n + 1)
-        if any(self.works[r].logprobs for r in request_n):
-            return token_n, log_probability(logit_nv, token_n)
-        return token_n, np.zeros(len(token_n))
 
     # ------------------------------------------------------------ counting
     def _count_message(self, op: Op, target: int, rows: int, nbytes: int) -> None:
