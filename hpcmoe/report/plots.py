@@ -63,12 +63,14 @@ def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
     rows = list(dict.fromkeys(cell[0] for cell in schedule_cells))
     last = max(cell[1] for cell in schedule_cells)
     figure, axes = _figure(min(40.0, 0.2 * (last + 1) + 2), 0.4 * len(rows) + 1.6)
+    bars = {}
     for row, column, kind, _, micro in schedule_cells:
         y = rows.index(row)
-        axes.broken_barh([(column, 1)], (y - 0.4, 0.8), facecolors=COLOURS[kind],
-                         edgecolors="white", linewidth=0.5)
+        bars.setdefault((y, kind), []).append((column + 0.03, 0.94))
         axes.text(column + 0.5, y, str(micro), ha="center", va="center", fontsize=7,
                   color="white" if kind in DARK else "black")
+    for (y, kind), xs in bars.items():
+        axes.broken_barh(xs, (y - 0.4, 0.8), facecolors=COLOURS[kind], linewidth=0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, last + 1)
@@ -117,7 +119,9 @@ def _save(figure, path: str | Path) -> Path:
     path = Path(path)
     # no date and no random ids in the file: the same trace gives the same picture
     metadata = {"Date": None} if path.suffix in (".svg", "") else {}
-    with rc_context({"svg.hashsalt": "hpcmoe", "svg.fonttype": "none"}):
+    look = {"svg.hashsalt": "hpcmoe", "svg.fonttype": "none",
+            "font.sans-serif": ["DejaVu Sans", "Arial"]}  # named with every text: keep it short
+    with rc_context(look):
         with whole_file(path, "picture", binary=True) as file:
             try:
                 figure.savefig(file, format=path.suffix[1:] or "svg", dpi=150, metadata=metadata)
