@@ -1,0 +1,246 @@
+"""`hpcmoe doctor`: what this machine, its MPI and its libraries can do, and whether a run could start.
+
+Alone it looks at one process; below mpiexec or srun it asks all ranks. Libraries are imported where
+they are looked at, so that a missing one is a line of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hpcmoe.environment import AloneError, env_rank, launched_size, node_name
+from hpcmoe.errors import EXIT_OK, EXIT_USER, UserError
+from hpcmoe.launch import start_mpi, vendor_name
+
+EXAMPLES = """examples:
+  hpcmoe doctor
+  mpiexec -n 16 hpcmoe doctor
+  srun -n 64 --mpi=pmi2 hpcmoe doctor --json
+"""
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16", "sve")
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, what was found, and the problem ("" for none) that keeps a run from starting."""
+
+    name: str
+    value: str
+    problem: str = ""
+
+
+def add_parser(subparsers) -> None:
+    """Adds `doctor` to the sub-commands."""
+    parser = subparsers.add_parser(
+        "doctor", help="what this machine can do, and whether a run could start", epilog=EXAMPLES,
+        description="Shows MPI, transports, GPUs, libraries, memory and threads; exit code 0 only when a run could start.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.set_defaults(handler=run)
+
+
+def run(args) -> int:
+    """Looks, prints on rank 0, and returns EXIT_OK or EXIT_USER, the same on every rank."""
+    checks, comm, alone = [], None, None
+    try:
+        MPI = start_mpi()
+        comm = MPI.COMM_WORLD
+        checks += mpi_checks(MPI)
+    except AloneError as error:
+        alone = error
+        if env_rank(os.environ):
+            raise  # the first of these lonely processes prints for all
+        checks.append(Check("MPI", "does not fit the launcher", str(error)))
+    except UserError as error:
+        checks.append(Check("MPI", "none", str(error)))
+    every = [local_facts()] if comm is None or alone else comm.gather(local_facts())
+    if comm is None or comm.rank == 0:
+        checks += merge(every)
+        report(checks, args.json)
+    problems = any(check.problem for check in checks)
+    if comm is not None and not alone:
+        problems = comm.bcast(problems)
+    return EXIT_USER if problems else EXIT_OK
+
+
+# ---------------------------------------------------------------- MPI
+def mpi_checks(MPI) -> list[Check]:
+    """Library, thread level, launcher, ranks per node, transports. Collective over the world."""
+    comm = MPI.COMM_WORLD
+    levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
+              MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple"}
+    numbers = ".".join(str(number) for number in MPI.get_vendor()[1])
+    launched = launched_size(os.environ)
+    nodes = Counter(comm.allgather(node_name(os.environ)))
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    sharing = comm.allgather(shared.size)
+    shared.Free()
+    checks = [
+        Check("MPI", f"{vendor_name(MPI)} {numbers}, MPI {'.'.join(map(str, MPI.Get_version()))}"),
+        Check("threads in MPI", levels[MPI.Query_thread()]),
+        Check("launcher", launched.source if launched else "none (one process)"),
+        Check("ranks", f"{comm.size} on {len(nodes)} node{'s' * (len(nodes) > 1)}: "
+              + ", ".join(f"{name} {count}" for name, count in list(nodes.items())[:8]) + ", ..." * (len(nodes) > 8)),
+        Check("ranks sharing memory", _span(sharing)),
+    ]
+    return checks + _transports(comm)
+
+
+def _transports(comm) -> list[Check]:
+    from hpcmoe.parallel.exchange import self_test
+    begin = time.perf_counter()
+    tested = self_test(comm)
+    seconds = time.perf_counter() - begin
+    good = [name for name, fault in tested.items() if not fault]
+    checks = [Check("transports", f"{', '.join(good) or 'none'} (tested on {comm.size} rank{'s' * (comm.size > 1)} in {seconds:.2f} s)",
+                    "" if good else "no transport passes its self-test")]
+    return checks + [Check(f"transport {name}", f"fails: {fault}") for name, fault in tested.items() if fault]
+
+
+# ---------------------------------------------------------------- this process
+def local_facts() -> dict[str, Check]:
+    """What this process sees, by name."""
+    checks = [*_machine(), *_arithmetic(), *_files(), *_gpus()]
+    return {check.name: check for check in checks}
+
+
+def _machine() -> list[Check]:
+    from hpcmoe import memory
+    model, flags = cpu()
+    free, cores = memory.available(), memory.cores()
+    return [
+        Check("Python", f"{platform.python_version()} ({sys.executable})"),
+        Check("hpcmoe", _version("hpcmoe")),
+        Check("CPU", model),
+        Check("CPU features", " ".join(name for name in FEATURES if name in flags) or "none of those that matter here"),
+        Check("cores", str(cores)),
+        Check("memory", f"{memory.total() / GB:.1f} GB, {free / GB:.1f} GB free",
+              "" if free > 0.2 * GB else "less than 0.2 GB of memory is free"),
+    ]
+
+
+def cpu() -> tuple[str, set[str]]:
+    """Model name and feature flags of the first core, from /proc/cpuinfo."""
+    fields = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name", platform.machine()), set(flags.split())
+
+
+def _arithmetic() -> list[Check]:
+    try:
+        import numpy
+    except ImportError as error:
+        return [Check("NumPy", "missing", f"NumPy does not import: {error}")]
+    checks = [Check("NumPy", f"{numpy.__version__}, BLAS: {_blas(numpy)}"),
+              Check("threads per rank", _threads())]
+    from hpcmoe import linear
+    backends = linear.backends()
+    found = [name for name, fault in backends.items() if not fault]
+    checks.append(Check("products with weights", ", ".join(found), "" if found else "no backend works"))
+    return checks + [Check(f"backend {name}", f"not here: {fault}") for name, fault in backends.items() if fault]
+
+
+def _blas(numpy) -> str:
+    try:
+        blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    except (TypeError, KeyError):  # before NumPy 1.25
+        return "unknown"
+    return f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+
+
+def _threads() -> str:
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        if os.environ.get(name):
+            return f"{os.environ[name]} ({name})"
+    return "as many as cores (OMP_NUM_THREADS is not set)"
+
+
+def _files() -> list[Check]:
+    try:
+        h5py = importlib.import_module("h5py")
+        checks = [Check("HDF5", f"{h5py.version.hdf5_version}, h5py {h5py.__version__}")]
+    except ImportError as error:
+        checks = [Check("HDF5", "missing", f"h5py does not import: {error}")]
+    for name, use in (("tokenizers", "text prompts"), ("jinja2", "chat messages"), ("safetensors", "hpcmoe weights convert")):
+        extra = "convert" if name == "safetensors" else "text"
+        checks.append(Check(name, _version(name) if _imports(name) else f"missing; {use} need hpcmoe[{extra}]"))
+    return checks
+
+
+def _gpus() -> list[Check]:
+    from hpcmoe import device
+    cupy, reason = device.cupy_status()
+    if cupy is None:
+        return [Check("GPUs", f"none ({reason})")]
+    counts = Counter(device.gpus())
+    return [Check("GPUs", ", ".join(f"{count} x {name}" for name, count in counts.items()) + f", CuPy {cupy.__version__}")]
+
+
+def _imports(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _version(name: str) -> str:
+    from importlib import metadata
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---------------------------------------------------------------- all ranks together
+SAME = ("hpcmoe", "Python", "NumPy", "HDF5")  # must not differ between ranks
+
+
+def merge(every: list[dict[str, Check]]) -> list[Check]:
+    """One line per name over all ranks: the value where it is the same, else the values with their first ranks."""
+    merged = []
+    for name in dict.fromkeys(name for facts in every for name in facts):
+        found = [facts.get(name, Check(name, "-")) for facts in every]
+        values = list(dict.fromkeys(check.value for check in found))
+        ranks = [next(rank for rank, check in enumerate(found) if check.value == value) for value in values]
+        value, problem = values[0], next((check.problem for check in found if check.problem), "")
+        if len(values) > 1 and name == "memory":  # ranks look one after the other
+            value = min(values, key=lambda text: float(text.split()[-3]))
+        elif len(values) > 1:
+            value = "; ".join(f"rank {rank}: {text}" for rank, text in list(zip(ranks, values))[:4]) + "; ..." * (len(values) > 4)
+            if name in SAME:
+                problem = problem or f"{name} differs between ranks"
+        merged.append(Check(name, value, problem))
+    return merged
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def report(checks: list[Check], as_json: bool) -> None:
+    """Prints the table, or one JSON object {"ok", "checks": [{"name", "value", "problem"}]}."""
+    problems = [check for check in checks if check.problem]
+    if as_json:
+        print(json.dumps({"ok": not problems, "checks": [asdict(check) for check in checks]}, indent=1))
+        return
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{check.name:<{width}}  {check.value}")
+    for check in problems:
+        print(f"\nPROBLEM, {check.name}: {check.problem}")
+    print("\nA run could start here." if not problems else "\nA run could not start here.")
