@@ -37,6 +37,7 @@ hm_stamp() { # what an environment was made from: hm_stamp KIND EXTRAS
 hm_use() { # point this shell at an environment: hm_use VENV KIND
   HM_VENV=$1 HM_KIND=$2 HM_PYTHON=$1/bin/python
   if [ "$2" = site ]; then HM_MPIEXEC=$(hm_site_mpi || true); else HM_MPIEXEC=$1/bin/mpiexec; fi
+  [ ! -d "$1/lib/site-mpi" ] || export LD_LIBRARY_PATH="$1/lib/site-mpi${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 }
 
 hm_pip() { # install into the environment, quietly; on failure the last lines, and what may be the cause
@@ -51,7 +52,7 @@ hm_project() { # install the project with the extras $1; a read-only checkout is
   local copy
   copy=$(mktemp -d)
   cp -r hpcmoe setup.cfg pyproject.toml README.md "$copy"
-  hm_pip "$copy[$1]"
+  hm_pip "${copy}[$1]"
   rm -rf "$copy"
 }
 
@@ -59,10 +60,23 @@ hm_mpi_works() { # whether two processes, started by $HM_MPIEXEC, find each othe
   [ "$(hm_run 2 "$HM_PYTHON" -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)' 2>"$HM_VENV/mpi.log" | sort -u)" = 2 ]
 }
 
-hm_fit_site() { # make mpi4py fit the site's MPI: its wheel loads most, else it is built with mpicc
+hm_fit_site() { # make mpi4py fit the site's MPI: its wheel loads most of them, else it is built with mpicc
+  local library
   hm_mpi_works && return
-  command -v mpicc >/dev/null || return 1
-  hm_say "  mpi4py's wheel does not load this MPI: building mpi4py with $(command -v mpicc)"
+  # Debian's MPICH is the library that the wheel wants, under another name.
+  library=$(ldconfig -p 2>/dev/null | sed -n 's/.*libmpich\.so\.12 .*=> //p' | head -n 1)
+  if [ -n "$library" ]; then
+    mkdir -p "$HM_VENV/lib/site-mpi"
+    ln -sf "$library" "$HM_VENV/lib/site-mpi/libmpi.so.12"
+    hm_use "$HM_VENV" site
+    if hm_mpi_works; then
+      echo "export LD_LIBRARY_PATH='$HM_VENV/lib/site-mpi'\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}" >>"$HM_VENV/bin/activate"
+      return
+    fi
+    rm -r "$HM_VENV/lib/site-mpi"
+  fi
+  echo 'int main(void) { return 0; }' | mpicc -x c -o /dev/null - 2>/dev/null || return 1
+  hm_say "  mpi4py's wheel does not load this MPI: building mpi4py with $(command -v mpicc), some minutes"
   "$HM_PYTHON" -m pip install --quiet --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py \
     >"$HM_VENV/pip.log" 2>&1 && hm_mpi_works
 }

@@ -5,7 +5,7 @@
 # --parity      also install torch and transformers and compare with them live; else those tests skip
 # --no-openmpi  leave the second part out
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 . jobs/common.sh
 
 extras=test,text,convert,cpu,plot openmpi=yes arguments=()
