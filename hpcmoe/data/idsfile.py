@@ -6,86 +6,73 @@ value per request. docs/requests.md describes them for users.
 
 from __future__ import annotations
 
+import io
+import os
+import signal
+import subprocess
+import sys
 from typing import Any, Iterator
 
 import numpy as np
 
+from hpcmoe.data import idsread
 from hpcmoe.errors import UserError
 
-# Optional datasets of one value per request, and the NumPy kinds they may have.
-_KINDS = {"max_tokens": "iu", "temperature": "iuf", "top_k": "iu", "top_p": "iuf", "seed": "iu",
-          "ignore_eos": "biu", "custom_id": "OSU"}
-# HDF5's strongest common filter, deflate, makes data at most so many times smaller. A file that
-# claims more is damaged, and must not make us ask for that much memory.
-_MOST_PACKED = 1100
+# Time for reading a file: a base, and its size at a rate that any disk reaches.
+_BASE_S, _BYTES_PER_S = 60, 10e6
 
 
-def read_ids(path: str, longest: int) -> Iterator[tuple[int, np.ndarray, dict[str, Any]]]:
-    """Per request: its length in tokens, its token ids int64 [n], its optional values.
+def read_ids(path: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Per request its token ids, [n] of any integer type, and its optional values.
 
-    The ids of a prompt longer than `longest` are not read, and come as an empty array. Raises
-    UserError for a file that is not HDF5, lacks a dataset, or whose offsets do not fit its tokens.
+    Raises UserError for a file that is not HDF5, lacks a dataset, or whose offsets do not fit its
+    tokens, and OSError for one that cannot be opened.
     """
-    import h5py
-    try:
-        with h5py.File(path, "r") as file:
-            yield from _rows(path, file, longest)
-    except UserError:
-        raise
-    except Exception as error:  # on damaged files h5py raises almost any of Python's errors
-        raise UserError(f"{path}: cannot be read as HDF5: {_first_line(error)}") from error
-
-
-def _rows(path: str, file, longest: int):
-    for name in file:
-        if name not in ("tokens", "offsets") and name not in _KINDS:
-            raise UserError(f"{path}: unknown dataset {name!r}: expected tokens, offsets, "
-                            + ", ".join(_KINDS))
-    tokens, offsets = _dataset(path, file, "tokens", "iu"), _dataset(path, file, "offsets", "iu")
-    start = offsets[:].astype(np.int64)
+    arrays = _read(path)
+    tokens, start = arrays.pop("tokens"), arrays.pop("offsets").astype(np.int64)
     if len(start) < 2:
         raise UserError(f"{path}: offsets has {len(start)} entries: expected one per request and one more")
-    if start[0] != 0 or start[-1] != len(tokens) or (np.diff(start) < 0).any():
+    if start[0] != 0 or start[-1] != len(tokens) or (start[1:] < start[:-1]).any():
         raise UserError(f"{path}: offsets: expected to rise from 0 to {len(tokens)}, "
                         f"the number of tokens")
     columns = {}
-    for name, kinds in _KINDS.items():
-        if name in file:
-            column = _dataset(path, file, name, kinds)
-            if len(column) != len(start) - 1:
-                raise UserError(f"{path}: {name} has {len(column)} entries: expected {len(start) - 1}, "
-                                f"one per request")
-            columns[name] = _column(path, name, column)
+    for name, values in arrays.items():
+        columns[name] = _column(path, name, values)
+        if len(columns[name]) != len(start) - 1:
+            raise UserError(f"{path}: {name} has {len(columns[name])} entries: expected "
+                            f"{len(start) - 1}, one per request")
     for j, (begin, end) in enumerate(zip(start[:-1].tolist(), start[1:].tolist())):
-        ids = tokens[begin:end].astype(np.int64) if end - begin <= longest else np.zeros(0, np.int64)
-        yield end - begin, ids, {name: values[j] for name, values in columns.items()}
+        yield tokens[begin:end], {name: values[j] for name, values in columns.items()}
 
 
-def _dataset(path: str, file, name: str, kinds: str):
-    import h5py
-    if name not in file:
-        raise UserError(f"{path}: dataset {name} is missing")
-    found = file[name]
-    if not isinstance(found, h5py.Dataset) or found.ndim != 1 or found.dtype.kind not in kinds:
-        words = "numbers" if "f" in kinds else "texts" if "O" in kinds else "integers"
-        raise UserError(f"{path}: {name}: expected a dataset of one dimension that holds {words}")
-    if found.size * found.dtype.itemsize > _MOST_PACKED * file.id.get_filesize():
-        raise UserError(f"{path}: {name} claims {found.size} entries, more than the file can hold")
-    return found
-
-
-def _column(path: str, name: str, dataset) -> list:
+def _column(path: str, name: str, values: np.ndarray) -> list:
     """One plain Python value per request."""
-    if name != "custom_id":
-        values = dataset[:]
-        if name == "ignore_eos":
-            if not np.isin(values, (0, 1)).all():
-                raise UserError(f"{path}: ignore_eos: expected 0 or 1")
-            values = values.astype(bool)
-        return values.tolist()
-    texts = dataset[:].tolist()
-    return [t.decode("utf-8") if isinstance(t, bytes) else t for t in texts]
+    if name == "custom_id":
+        try:
+            return values.tobytes().decode("utf-8").split("\0")[:-1]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: custom_id: expected UTF-8: {error.reason}") from error
+    if name == "ignore_eos":
+        if not np.isin(values, (0, 1)).all():
+            raise UserError(f"{path}: ignore_eos: expected 0 or 1")
+        values = values.astype(bool)
+    return values.tolist()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _read(path: str) -> dict[str, np.ndarray]:
+    """The file's arrays by name, read in another process: see `idsread`."""
+    with open(path, "rb") as file:  # an OSError that says what is wrong
+        seconds = int(_BASE_S + os.fstat(file.fileno()).st_size / _BYTES_PER_S)
+    # -c and not the file's name: that would put the file's folder before Python's own modules
+    start = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", start, idsread.__file__, path, str(seconds)],
+                          stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode == idsread.REFUSED:
+        raise UserError(f"{path}: {done.stderr.decode('utf-8', 'replace').strip()}")
+    if done.returncode != 0:
+        how = f"did not end in {seconds} s" if done.returncode == -signal.SIGALRM else "crashed"
+        raise UserError(f"{path}: cannot be read as HDF5: the HDF5 library {how}; the file is damaged")
+    arrays, stream = {}, io.BytesIO(done.stdout)
+    while name := stream.readline().decode().strip():
+        arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    return arrays

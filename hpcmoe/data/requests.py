@@ -69,7 +69,7 @@ class _Maker:
         tokens = self._tokens(ask)
         if len(tokens) == 0:
             raise Malformed("empty_prompt", "the prompt has no tokens")
-        self.check_length(len(tokens), settings["max_tokens"])
+        self._check_length(len(tokens), settings["max_tokens"])
         wrong = np.flatnonzero((tokens < 0) | (tokens >= self.model.vocab))
         if len(wrong):
             raise Malformed("token_out_of_range", f"token {tokens[wrong[0]]} at place {wrong[0]} of "
@@ -87,7 +87,7 @@ class _Maker:
         request.stop, request.logprobs, request.kind = ask.stop, ask.logprobs, ask.kind
         return request
 
-    def check_length(self, prompt: int, max_tokens: int) -> None:
+    def _check_length(self, prompt: int, max_tokens: int) -> None:
         """Malformed where prompt and output do not fit the context."""
         if self.task == "score":
             if prompt < 2:
@@ -213,15 +213,13 @@ def _read_text(path: str, maker: _Maker) -> Iterator[Request]:
 def _read_h5(path: str, maker: _Maker) -> Iterator[Request]:
     row_of: dict[str, int] = {}
     least_tokens = 0 if maker.task == "score" else 1
-    for index, (length, ids, values) in enumerate(read_ids(path, maker.context)):
+    for index, (ids, values) in enumerate(read_ids(path)):
         request = Request(index, kind="ids")
         try:
             name = batchform.custom_id({"custom_id": values.pop("custom_id", f"row-{index}")})
             _claim(request, name, row_of, f"row {index}")
             settings = {name: batchform.setting(name, value, name, least_tokens)
                         for name, value in values.items()}
-            if length > len(ids):
-                maker.check_length(length, {**maker.defaults, **settings}["max_tokens"])
             yield maker.request(request, Ask("ids", ids, settings))
         except Malformed as error:
             yield _failed(request, error)
