@@ -1,5 +1,6 @@
 """The weights file: what is written is read, a rank reads its own only, damage is named."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from hpcmoe.data import schema
 from hpcmoe.data.create import create
 from hpcmoe.data.weights import WeightsFile
 from hpcmoe.data.weights_check import as_json, describe, verify
-from hpcmoe.data.weights_write import Header, WeightsWriter
+from hpcmoe.data.weights_write import Header, WeightsWriter, stamp
 from hpcmoe.errors import UserError
 from hpcmoe.model.dtypes import STORED, from_fp32, to_fp32
 from hpcmoe.model.families import random_config
@@ -182,7 +183,18 @@ def test_no_such_file_folder_or_hdf5(tmp_path):
     refused(other, "not an HDF5 file")
     with h5py.File(other, "w") as file:
         file["x"] = 1
-    refused(other, "not one of model weights", "expected 'hpcmoe'")
+    refused(other, "an HDF5 file, but not one of model weights")
+
+
+def test_damaged_structure(copy):
+    with open(copy, "r+b") as file:
+        file.seek(5000)
+        file.write(b"\x07")
+    refused(copy, "damaged: checksum of its structure", "expected")
+    with open(copy, "r+b") as file:
+        file.seek(30)
+        file.write(b"x")
+    refused(copy, "damaged: its first 4096 bytes")
 
 
 def test_truncated(copy):
@@ -199,14 +211,26 @@ def test_truncated_anywhere(made, tmp_path_factory, share):
     refused(path)
 
 
-def change(path, name, value):
+@contextlib.contextmanager
+def edited(path):
+    """The file open for changes of its structure, which is stamped as sound afterwards."""
     with h5py.File(path, "r+") as file:
+        yield file
+    stamp(path)
+
+
+def change(path, name, value):
+    with edited(path) as file:
         file.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
 
 
 def test_wrong_version_dtype_and_config(copy):
-    change(copy, "version", 2)
+    with open(copy, "r+b") as file:
+        file.write(b"hpcmoe weights 2\n")
     refused(copy, "schema version 2", "reads version 1")
+    stamp(copy)
+    change(copy, "version", 3)
+    refused(copy, "schema version 3", "reads version 1")
     change(copy, "version", 1)
     change(copy, "dtype", "fp8")
     refused(copy, "dtype = 'fp8'", "expected one of fp16, bf16, fp32")
@@ -233,21 +257,21 @@ def test_config_that_does_not_match_the_weights(copy):
 
 
 def test_missing_tensors(copy):
-    with h5py.File(copy, "r+") as file:
+    with edited(copy) as file:
         del file["layers/1/k_norm"]
     refused(copy, "tensor layers/1/k_norm is missing")
-    with h5py.File(copy, "r+") as file:
+    with edited(copy) as file:
         del file["head"]
     refused(copy, "tensor head is missing")
 
 
 def test_other_layout_of_a_dataset(copy):
-    with h5py.File(copy, "r+") as file:
+    with edited(copy) as file:
         data = file["embed"][...]
         del file["embed"]
         file.create_dataset("embed", data=data, compression="gzip")
     refused(copy, "embed: expected a contiguous dataset", read=True)
-    with h5py.File(copy, "r+") as file:
+    with edited(copy) as file:
         del file["embed"]
         file["embed"] = data.astype(np.float64)
     refused(copy, "embed: expected a dataset of fp32, fp16 or bf16", read=True)
@@ -278,24 +302,26 @@ def test_verify_names_checksums_nan_and_shapes(copy):
     assert "layers/2/v: 1 of 240 values are infinite" in problems[1]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_arrays_or_one_message(made, tmp_path_factory, data):
-    """Random bytes of the file's structure are overwritten: values or UserError, never another error."""
+    """Random bytes are overwritten: where they are structure, the file is refused; values are values."""
     path = tmp_path_factory.mktemp("f") / "f.h5"
     with open(made, "rb") as file:
         raw = bytearray(file.read())
     with h5py.File(made, "r", locking=False) as file:
-        first = min(file[f"layers/{layer}/experts"].id.get_offset() for layer in range(3))
+        first = min(file[name].id.get_offset() for name in ("embed", "checksums", "layers/0/q", "complete"))
+    whole = bytes(raw)
     for _ in range(data.draw(st.integers(1, 20))):
-        # Most of the structure lies at the beginning.
-        place = data.draw(st.one_of(st.integers(0, min(first, len(raw)) - 1), st.integers(0, len(raw) - 1)))
+        place = data.draw(st.one_of(st.integers(0, first - 1), st.integers(0, len(raw) - 1)))
         raw[place] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
     try:
         with WeightsFile(path) as file:
             for unit in schema.units(file.config):
                 file.unit(unit)
+        verify(str(path))
+        assert raw[schema.STAMP_SIZE:first] == whole[schema.STAMP_SIZE:first]
     except UserError as error:
         assert str(path) in str(error)
 
@@ -344,6 +370,7 @@ def test_a_part_file_of_something_else_is_not_continued(tmp_path):
         row, unit = writer.pending()[0]
         writer.write(row, [np.zeros(unit.elements, np.float32)])
     with open(path + ".part", "r+b") as file:
+        file.seek(schema.STAMP_SIZE)
         file.write(b"damage")
     with WeightsWriter(path, Header(small(), "fp32", fingerprint="random 4")) as writer:
         assert writer.resumed == 0 and "not usable" in writer.restarted

@@ -15,11 +15,23 @@ FORMAT = "hpcmoe"
 VERSION = 1
 ALIGN = 4096          # bytes: experts start on a page, so that no two ranks share one
 ALIGN_FROM = 512      # bytes: smaller datasets are packed
+STAMP_SIZE = 4096     # bytes before the HDF5 data proper (its "user block"): the stamp, then zeros
 TEXTS = ("tokenizer.json", "chat_template")  # datasets that hold UTF-8 text
 
 # One row per tensor or expert. A row is filled in place once its bytes are written.
 CHECKSUM_ROW = np.dtype({"names": ["name", "xxh3_64", "done"], "formats": ["S48", "<u8", "u1"],
                          "offsets": [0, 48, 56], "itemsize": 64})
+
+
+
+def stamp(end: int, checksum: int) -> bytes:
+    """The first lines of a file: what it is, and the checksum of its structure.
+
+    All of HDF5's own bookkeeping lies in bytes [STAMP_SIZE, end), before any weights, and never
+    changes once laid out. A reader proves it sound before HDF5 sees it: the library does not
+    survive every damaged file.
+    """
+    return f"{FORMAT} weights {VERSION}\nstructure {STAMP_SIZE} {end} {checksum:016x}\n".encode()
 
 
 @dataclass(frozen=True)

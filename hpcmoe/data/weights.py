@@ -263,12 +263,39 @@ def _open(path: str) -> h5py.File:
     if os.path.isdir(path):
         raise UserError(f"{path}: a folder: expected a weights file; `hpcmoe weights convert` makes one")
     try:
+        _check_structure(path)
         return h5py.File(path, "r", locking=False)
     except OSError as error:
         text = str(error)
         if "truncated file" in text:
             raise UserError(f"{path}: truncated: {os.path.getsize(path)} bytes are fewer than it was "
                             "written with; copy or convert it again") from error
-        if isinstance(error, PermissionError) or not os.access(path, os.R_OK):
-            raise UserError(f"{path}: no permission to read it") from error
-        raise UserError(f"{path}: not an HDF5 file, or a damaged one ({text})") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or text}") from error
+
+
+def _check_structure(path: str) -> None:
+    """UserError unless the file has our stamp and the structure that the stamp promises."""
+    with open(path, "rb") as file:
+        first = file.read(schema.STAMP_SIZE)
+        if not first.startswith(f"{schema.FORMAT} weights ".encode()):
+            if not h5py.is_hdf5(path):
+                raise UserError(f"{path}: not an HDF5 file")
+            raise UserError(f"{path}: an HDF5 file, but not one of model weights; "
+                            "`hpcmoe weights convert` makes one")
+        try:
+            (*_, version), (_, begin, end, checksum) = (line.split() for line in first.split(b"\n")[:2])
+            end, expected = int(end), int(checksum, 16)
+            sound = int(begin) == schema.STAMP_SIZE and first == schema.stamp(end, expected).ljust(len(first), b"\0")
+        except ValueError:
+            sound, version = False, b""
+        if version.isdigit() and int(version) != schema.VERSION:
+            raise UserError(f"{path}: schema version {int(version)}: this program reads version "
+                            f"{schema.VERSION}; convert the model again")
+        if not sound:
+            raise UserError(f"{path}: damaged: its first {schema.STAMP_SIZE} bytes are not those of a weights file")
+        size = os.path.getsize(path)
+        if size < end:
+            raise UserError(f"{path}: truncated: {size} bytes: expected at least {end}")
+        found = xxhash.xxh3_64_intdigest(file.read(end - schema.STAMP_SIZE))
+        if found != expected:
+            raise UserError(f"{path}: damaged: checksum of its structure {found:016x}: expected {expected:016x}")

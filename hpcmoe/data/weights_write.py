@@ -215,15 +215,19 @@ def _made_from(header: Header) -> str:
 
 
 def _lay_out(part: str, header: Header, units: list[Unit]) -> None:
+    shapes = schema.dataset_shapes(header.config, header.dtype)
+    # One block that takes the bookkeeping of all objects, so that it lies together at the front.
+    block = (1 << 17) + 1024 * len(shapes)
     with h5py.File(part, "w", locking=False, alignment_threshold=schema.ALIGN_FROM,
-                   alignment_interval=schema.ALIGN, meta_block_size=1 << 16) as file:
+                   alignment_interval=schema.ALIGN, meta_block_size=block,
+                   userblock_size=schema.STAMP_SIZE) as file:
         file.attrs["version"] = schema.VERSION
         texts = {"format": schema.FORMAT, "dtype": header.dtype, "config": json.dumps(to_dict(header.config)),
                  "special": json.dumps(header.special), "notes": json.dumps(header.notes),
                  "made_from": _made_from(header)}
         for name, text in texts.items():  # bytes: a fixed length, within the object itself
             file.attrs[name] = np.bytes_(text)
-        for name, shape in schema.dataset_shapes(header.config, header.dtype).items():
+        for name, shape in shapes.items():
             _empty(file, name, shape, STORED[header.dtype_of(name)])
         table = np.zeros(len(units), CHECKSUM_ROW)
         table["name"] = [unit.name.encode() for unit in units]
@@ -233,6 +237,32 @@ def _lay_out(part: str, header: Header, units: list[Unit]) -> None:
         for name, text in texts.items():
             if text:
                 _text(file, name, text.encode())
+    extents = stamp(part)
+    for (start, size), (after, _) in zip(extents, extents[1:]):
+        if after - start - size > 2 * schema.ALIGN:
+            raise ValueError(f"{part}: bookkeeping between the datasets, at byte {start + size}")
+
+
+def stamp(path: str) -> list[tuple[int, int]]:
+    """Writes the stamp of a laid-out file: the checksum of all that lies before its first dataset.
+
+    Returns (offset, bytes) of every dataset in the order of the file.
+    """
+    extents: list[tuple[int, int]] = []
+
+    def note(_, item) -> None:
+        if isinstance(item, h5py.Dataset) and item.id.get_offset() is not None:
+            extents.append((item.id.get_offset(), item.nbytes))
+
+    with h5py.File(path, "r", locking=False) as file:
+        file.visititems(note)
+    extents.sort()
+    with open(path, "r+b") as file:
+        file.seek(schema.STAMP_SIZE)
+        structure = file.read(extents[0][0] - schema.STAMP_SIZE)
+        file.seek(0)
+        file.write(schema.stamp(extents[0][0], xxhash.xxh3_64_intdigest(structure)))
+    return extents
 
 
 def _empty(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> h5py.Dataset:
@@ -241,6 +271,7 @@ def _empty(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) 
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)  # the same model gives the same bytes
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
@@ -255,7 +286,9 @@ def _text(file: h5py.File, name: str, raw: bytes) -> None:
     kind.set_cset(h5py.h5t.CSET_UTF8)
     kind.set_strpad(h5py.h5t.STR_NULLPAD)
     space = h5py.h5s.create(h5py.h5s.SCALAR)
-    data = h5py.h5d.create(file.id, name.encode(), kind, space)
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_obj_track_times(False)
+    data = h5py.h5d.create(file.id, name.encode(), kind, space, plan)
     data.write(space, space, np.array(raw, f"S{len(raw)}"), mtype=kind)
 
 
