@@ -149,8 +149,8 @@ def cure(env: Mapping[str, str], vendor: str) -> str:
         if wanted is None or given == wanted:
             return (f"srun ran with --mpi={given}, which this {vendor} does not join. Try another of the kinds "
                     f"that `srun --mpi=list` shows, or start with {mine} inside the allocation.")
-        return (f"srun ran with --mpi={given}, and {vendor} needs `srun --mpi={wanted} ...`; "
+        return (f"srun ran with --mpi={given}, and {vendor} needs srun --mpi={wanted}; "
                 f"or start with {mine} inside the allocation.")
     if kind == OTHER:
         return f"Start with the launcher that belongs to {vendor}, such as {mine}."
-    return f"{kind[0].upper() + kind[1:]} started them, but mpi4py uses {vendor}: start with {mine}."
+    return f"The {kind} started them, but mpi4py uses {vendor}: start with {mine}."

