@@ -99,7 +99,7 @@ class _Fields:
 def family_of(hf: Mapping[str, Any], where: str) -> str:
     """The family's name (`model_type`). UserError for one that is not supported."""
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise at(where, "model_type", name, "a supported family: " + ", ".join(sorted(FAMILIES)))
     wanted = FAMILIES[name].architecture
     found = hf.get("architectures") or [wanted]
@@ -187,7 +187,7 @@ def _either(fields: _Fields, experts: str) -> str:
 
 def _expert(fields: _Fields, family: Family) -> ExpertConfig:
     act = fields.data.get("hidden_act", "silu")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise fields.error("hidden_act", "one of " + ", ".join(ACTIVATIONS))
     return ExpertConfig(f=fields.get(family.f, int), activation=ACTIVATIONS[act])
 
