@@ -221,6 +221,46 @@ def test_files_that_are_no_traces(tmp_path, text, message):
         read_trace(tmp_path / "none.json")
 
 
+# ---------------------------------------------------------------- a real run
+@pytest.mark.mpi
+def test_a_real_run(tmp_path):
+    """Four ranks in two stages: trace, report and table agree with each other and with the docs."""
+    from hpcmoe.config import AttentionConfig, ExpertConfig, ModelConfig, RouterConfig
+    from hpcmoe.data.create import create
+    from hpcmoe.report import table
+    from local import run_job
+    from test_report import undocumented
+    model = ModelConfig("mixtral", 97, 32, 2, AttentionConfig(4, 2, 8), RouterConfig(4, 2),
+                        ExpertConfig(24), 128)
+    create(str(tmp_path / "m.h5"), model, dtype="fp32", seed=5)
+    sequences, prompt, output = 6, 5, 4
+    _, _, report = run_job(4, tmp_path, {
+        "task": "throughput", "weights.file": tmp_path / "m.h5", "layout.pp": 2, "layout.ep": 2,
+        "throughput.sequences": sequences, "throughput.prompt_tokens": prompt,
+        "throughput.output_tokens": output, "output.trace": tmp_path / "trace.json"})
+    assert not undocumented(report)
+    assert sum(p["share"] for p in report["phases"].values()) == pytest.approx(1)
+    t = report["throughput"]
+    assert (t["prefill_rows"], t["decode_rows"]) == (sequences * prompt, sequences * (output - 1))
+    rows = t["prefill_rows"] + t["decode_rows"]
+    assert [x["rows"] for x in report["expert_load"]["layers"]] == [rows * model.router.top_k] * 2
+    sent = report["traffic"]["dispatch"]
+    assert sent["rows_own"] + sent["rows_within_nodes"] + sent["rows_between_nodes"] == \
+        2 * rows * model.router.top_k == report["compute"]["expert_rows"]
+    assert "without rows" in table.render(report)
+
+    document = json.loads((tmp_path / "trace.json").read_text())
+    assert check_format(document)["s"] > 0
+    for event in document["traceEvents"]:
+        if event["ph"] == "f":
+            assert enclosing(document, event)[0]["args"]["kind"] in ("RECV", "ATTEND")
+    # what the spans sum to is what the report says
+    for kind, phase in (("EXPERT", "expert"), ("ATTEND", "attention"), ("DISPATCH", "dispatch")):
+        spans = [s for _, spans in read_trace(tmp_path / "trace.json") for s in spans]
+        seconds = sum(s.end_s - s.start_s for s in spans if s.kind == kind)
+        assert seconds / 4 == pytest.approx(report["phases"][phase]["mean_s"], rel=1e-3, abs=1e-5)
+
+
 # ---------------------------------------------------------------- pictures
 def test_picture_of_a_trace(tmp_path):
     pytest.importorskip("matplotlib")
