@@ -23,7 +23,8 @@ import traceback
 import warnings
 from typing import Callable
 
-from hpcmoe.environment import HYDRA, AloneError, check_alone, cure, env_rank, launched_many, launcher, node_name
+from hpcmoe.environment import (HYDRA, MPIRUN, SRUN, AloneError, check_alone, cure, env_rank, launched_many,
+                                launcher, node_name)
 from hpcmoe.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells count
@@ -277,7 +278,9 @@ def _watch_signals() -> None:
         os._exit(code)
 
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # mpirun and srun end the other ranks with SIGTERM when one has failed, and say why themselves.
+    quiet = launcher(os.environ) in (MPIRUN, SRUN)
+    for number in (signal.SIGINT,) if quiet else (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for its background jobs
             signal.signal(number, raise_it)
     threading.Thread(target=watch, daemon=True, name="signals").start()
