@@ -11,9 +11,9 @@ from hpcmoe.errors import UserError
 
 @contextmanager
 def whole_file(path: str | Path, what: str, binary: bool = False):
-    """A file to write to (text, if not binary), renamed to `path` at the end of the block; folders are made.
+    """A file to write to (text, if not binary), renamed to `path` at the end of the block.
 
-    An exception in the block leaves nothing behind. what: its name in the message of the
+    Folders are made. An exception in the block leaves nothing behind. what: its name in the message of the
     UserError raised where the folder or file cannot be written.
     """
     path = Path(path)
