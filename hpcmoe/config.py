@@ -112,12 +112,12 @@ DTYPES = ("fp32", "bf16", "fp16")
 @dataclass(frozen=True)
 class WeightsJob:
     """file: HDF5 weights; dtype: arithmetic of the products; backend: auto, numpy, onednn;
-    verify: check the checksum of every tensor this rank reads."""
+    verify: check the checksum of every tensor that a rank reads (a few percent of the load time)."""
 
     file: str = ""
     dtype: str = "fp32"
     backend: str = "auto"
-    verify: bool = False
+    verify: bool = True
 
 
 @dataclass(frozen=True)

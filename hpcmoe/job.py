@@ -12,10 +12,11 @@ import numpy as np
 from hpcmoe import linear, memory
 from hpcmoe.config import JobConfig, ModelConfig, to_dict
 from hpcmoe.data.outputs import Result, check_output_dir, output_text, write_outputs
+from hpcmoe.data.loadfile import write_load
 from hpcmoe.data.requests import Request, read_requests, synthetic_requests
 from hpcmoe.data.tokenizer import Tokenizer
 from hpcmoe.data.weights import WeightsFile
-from hpcmoe.errors import EXIT_FAILED, EXIT_OK, AgreedError, UserError
+from hpcmoe.errors import EXIT_OK, UserError
 from hpcmoe.facts import job_facts
 from hpcmoe.parallel import exchange, holdings, layout as layouts, plan
 from hpcmoe.parallel.batch import Batcher, Work
@@ -24,7 +25,7 @@ from hpcmoe.parallel.engine import Engine, aligned_clock
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.schedule import Role, build
 from hpcmoe.parallel.stage import Limits, Stage
-from hpcmoe.parallel.world import World, agree, on_root
+from hpcmoe.parallel.world import Tally, World, agree, on_root
 from hpcmoe.report.progress import Progress
 from hpcmoe.report.record import RankRecord, RequestTimes, StepRow
 
@@ -189,14 +190,19 @@ class Session:
         program = self.schedule.programs[Role(world.here.stage, world.leader is not None)]
         engine = Engine(program, stage.table(), waiter, self.record, clock, bool(job.output.trace), self.failure_point)
         loads = []
+        tally = Tally(world)
         self.startup_s = time.monotonic() - started_s
         with self._progress() as progress:
+            def tell() -> None:
+                progress.update(*tally.update(stage.done, stage.tokens_out, clock()))
+
             def after_round(number: int) -> None:
                 loads.append(stage.load_le)
                 stage.load_le = np.zeros_like(stage.load_le)
-                progress.update(stage.done, stage.tokens_out)
+                tell()
+
             engine.run(lambda: stage.alive, after_round)
-            waiter(exchange.Handle([self.comm.Ibarrier()]), "the other replicas")
+            tally.all_done(tell)
         self.record.load = np.array(loads)
         self.record.kv_bytes = stage.cache.nbytes if stage.cache else 0
         self.record.buffer_bytes = sum(s.nbytes for s in stage.scratch)
@@ -205,8 +211,7 @@ class Session:
 
     def _progress(self) -> Progress:
         quiet = self.comm.rank > 0 or self.job.output.quiet
-        total = sum(self.counts[:len(self.world.leaders)]) if self.comm.rank == 0 else 0  # the first replica's
-        return Progress(total, quiet=quiet)
+        return Progress(sum(self.counts) if self.comm.rank == 0 else 0, quiet=quiet)
 
     def _gather(self, batcher: Batcher | None) -> list[Result]:
         results = []
@@ -233,6 +238,7 @@ class Session:
         failed = [r for r in requests if r.error]
         report = metrics.metrics(self.records, job_facts(self, len(failed)))
         path = write_outputs(job.output.dir, job.task, requests, results, tokenizer, os.path.basename(job.weights.file))
+        write_load(job.output.dir, self.records, self.model, self.layout.dp)
         if job.output.trace:
             trace.write_trace(job.output.trace, self.records)
         if job.output.show_text:

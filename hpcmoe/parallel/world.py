@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from array import array
 from typing import Callable
 
 from mpi4py import MPI
@@ -102,3 +104,47 @@ class World:
     @property
     def last_stage(self) -> bool:
         return self.here.stage == self.layout.pp - 1
+
+
+class Tally:
+    """Progress of all replicas on rank 0: the first rank of each other replica tells it now and then, unasked."""
+
+    TAG, EVERY_S = 9, 0.5
+
+    def __init__(self, world: World):
+        self.world, self.comm = world, world.comm
+        self.speaks = world.here.dp > 0 and world.pipe.rank == 0
+        self.others = {dp: (0, 0) for dp in range(1, world.layout.dp)}
+        self.next_s, self.sent, self.mine = 0.0, None, (0, 0)
+
+    def update(self, done: int, tokens: int, now: float) -> tuple[int, int]:
+        """This replica's requests finished and tokens made; returns the sums that are known here."""
+        self.mine = (done, tokens)
+        if self.speaks and now >= self.next_s and (self.sent is None or self.sent.Test()):
+            self.next_s = now + self.EVERY_S
+            self._speak()
+        if self.comm.rank == 0 and self.others:
+            self._listen()
+        return done + sum(d for d, _ in self.others.values()), tokens + sum(t for _, t in self.others.values())
+
+    def all_done(self, update: Callable[[], None]) -> None:
+        """Collective: returns when all replicas are done; rank 0 calls `update` meanwhile and hears the others out."""
+        if self.speaks:
+            if self.sent is not None:
+                self.sent.Wait()
+            self._speak()
+            self.sent.Wait()  # received, since it is a synchronous send
+        barrier = self.comm.Ibarrier()
+        while not barrier.Test():
+            update()
+            time.sleep(0.001)
+
+    def _speak(self) -> None:
+        self.message = array("q", [self.world.here.dp, *self.mine])
+        self.sent = self.comm.Issend(self.message, 0, self.TAG)
+
+    def _listen(self) -> None:
+        message = array("q", [0, 0, 0])
+        while self.comm.Iprobe(MPI.ANY_SOURCE, self.TAG):
+            self.comm.Recv(message, MPI.ANY_SOURCE, self.TAG)
+            self.others[message[0]] = (message[1], message[2])
