@@ -5,47 +5,28 @@ Letters: k columns of x (the inner length), n columns of y; a weight is [n, k], 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 
 import numpy as np
 
 from hpcmoe.onednn import BYTES, Dims, Handles, Library
-from hpcmoe.products import Layout, Product, layout, product, reorder
+from hpcmoe.products.primitives import Layout, Product, Reorder, layout, product
+from hpcmoe.products.widen import widen
 
 SLAB_AVX2 = 80    # rows of one call at most; beyond, the library changes to its slower regime
 SLAB = 512
 PART_AVX2 = 2048  # columns: 64 rows of them fit in an L2 cache of 512 KiB
-TILE_ROWS = 96    # rows widened at once on the way into the layout; a multiple of all block sizes seen
-
-
-def widen(tile_nk: np.ndarray, source_nk: np.ndarray) -> None:
-    """Writes fp32 values of float16, or of uint16 that holds bf16 bits, or of any NumPy floats, to tile_nk.
-
-    fp16 by integer operations, ten times as fast as NumPy's cast where that is not vectorised: with
-    the fields moved to fp32's places, the value is 2^-112 of what it should be. That holds for fp16's
-    subnormal numbers; infinities and NaNs are left to the cast.
-    """
-    if source_nk.dtype == np.uint16:
-        np.left_shift(source_nk, 16, out=tile_nk.view(np.uint32), dtype=np.uint32)
-    elif source_nk.dtype == np.float16 and ((source_nk.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00):
-        bits = tile_nk.view(np.int32)
-        np.copyto(bits, source_nk.view(np.int16))
-        np.left_shift(bits, 13, out=bits)
-        np.bitwise_and(bits, np.int32(-0x70002000), out=bits)
-        np.multiply(tile_nk, np.float32(2.0**112), out=tile_nk)
-    else:
-        np.copyto(tile_nk, source_nk, casting="same_kind")
+TILE = 1 << 19    # bytes widened at once on the way into the layout: about an L2 cache
 
 
 def zeroed(nbytes: int) -> np.ndarray:
     """Page-aligned zero bytes, in huge pages where the system has them: 4 KiB pages cost more than the packing."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel built without them: small pages do
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel built without them: small pages do
     return np.frombuffer(memory, np.uint8)[:nbytes]
 
 
@@ -61,39 +42,35 @@ class Part:
         self._fill(library, weight_nk[:, k0:k0 + place.k])
 
     def _fill(self, library: Library, source_nk: np.ndarray) -> None:
-        """Reorders the source: at one go where oneDNN reads its dtype, else by tiles widened to fp32."""
+        """Reorders the source: at one go where oneDNN reads it well, else by tiles of fp32 rows."""
         n, k = source_nk.shape
-        block, _ = library.blocks(self.layout.desc, 0 if self.layout.kind == "inner_product" else 1)
+        block, stride = library.blocks(self.layout.desc, self.layout.turned((0, 1))[0])
+        read = (np.float32, np.uint16) if self.layout.dtype == "bf16" else (np.float32,)
+        direct = source_nk.dtype in read and source_nk.strides[0] > 0 and source_nk.strides[1] == source_nk.itemsize
         whole = n // block * block
-        same = source_nk.dtype == np.float32 or (source_nk.dtype == np.uint16 and self.layout.dtype == "bf16")
-        step = whole or n
-        if not same:
-            step = max(TILE_ROWS // block, 1) * block
-            tile = np.empty((step, k), np.float32)
-        for n0, n1 in [*((i, min(i + step, whole)) for i in range(0, whole, step)), (whole, n)]:
-            if n0 == n1:
-                continue
+        step = n if direct else max(TILE // (4 * k * block), 1) * block
+        tile = None if direct else np.empty((min(step, n), k), np.float32)
+        ranges = [(n0, min(n0 + step, whole)) for n0 in range(0, whole, step)] + [(whole, n)] * (whole < n)
+        move = None
+        for n0, n1 in ranges:
             rows_nk = source_nk[n0:n1]
-            if not same:
+            if not direct:
                 widen(tile[:n1 - n0], rows_nk)
                 rows_nk = tile[:n1 - n0]
-            self._place(library, rows_nk, n0, block)
+            if move is None or n1 - n0 != ranges[0][1]:
+                move = self._move(library, rows_nk, n0 if n0 == whole else 0)
+            offset = 0 if n0 == whole else n0 // block * stride * BYTES[self.layout.dtype]
+            move.run(rows_nk.ctypes.data, self.buffer.ctypes.data + offset)
 
-    def _place(self, library: Library, rows_nk: np.ndarray, n0: int, block: int) -> None:
-        """Reorders some rows to their place from n0 on, the start of a block."""
-        place, (rows, k) = self.layout, rows_nk.shape
-        item = rows_nk.itemsize
-        strides = place.turned((rows_nk.strides[0] // item, rows_nk.strides[1] // item))
-        address = self.buffer.ctypes.data
-        last = n0 + rows == place.n and rows % block  # an incomplete block is named by its offset, others by address
-        if not last:
-            address += n0 // block * library.blocks(place.desc, 0 if place.kind == "inner_product" else 1)[1] * BYTES[place.dtype]
+    def _move(self, library: Library, rows_nk: np.ndarray, offset: int) -> Reorder:
+        """A copy of some rows into the layout, from row `offset` on: 0 and an address for whole blocks, else the offset."""
+        place = self.layout
+        dims, item = place.turned(rows_nk.shape), rows_nk.itemsize
         with Handles(library) as handles:
-            dims = place.turned((rows, k))
-            source = handles.desc(dims, "bf16" if rows_nk.dtype == np.uint16 else "fp32", strides)
+            source = handles.desc(dims, "bf16" if item == 2 else "fp32", place.turned(tuple(s // item for s in rows_nk.strides)))
             target = handles.keep("memory_desc", library.make(
-                "memory_desc_create_submemory", place.desc, Dims(*dims), Dims(*place.turned((n0 if last else 0, 0)))))
-            reorder(library, handles, (source, rows_nk.ctypes.data), (target, address))
+                "memory_desc_create_submemory", place.desc, Dims(*dims), Dims(*place.turned((offset, 0)))))
+            return Reorder(library, source, target)
 
 
 class PackedWeight:

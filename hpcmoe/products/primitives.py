@@ -6,6 +6,7 @@ Letters: t rows, k columns of x (the inner length), n columns of y.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -147,37 +148,31 @@ def product(library: Library, place: Layout, bias: bool, post: tuple[str, ...], 
     return Product(library, place, bias, post, dtypes)
 
 
-class Rounder:
-    """fp32 rows [t, k] to bf16, for any t."""
+class Reorder:
+    """A copy from one memory descriptor to another, changing layout and dtype, for any addresses."""
 
-    def __init__(self, library: Library, k: int):
-        self.library, self.k = library, k
-        self.shapes: OrderedDict[int, tuple] = OrderedDict()
-
-    def run(self, rows: int, x: int, rounded: int) -> None:
-        """x, rounded: addresses."""
-        shape = self.shapes.get(rows)
-        if shape is None:
-            shape = self.shapes[rows] = self._plan(rows)
-            if len(self.shapes) > SHAPES_KEPT:
-                drop(self.library, self.shapes.popitem(last=False)[1])
-        primitive, args, objects = shape
-        self.library.set_handle(objects[0], x)
-        self.library.set_handle(objects[1], rounded)
-        self.library.run(primitive, args)
-
-    def _plan(self, rows: int) -> tuple:
-        library = self.library
+    def __init__(self, library: Library, source: int, target: int):
+        self.library = library
         with Handles(library) as handles:
-            ends = [handles.desc((rows, self.k), dtype) for dtype in ("fp32", "bf16")]
-            objects = [library.memory(end) for end in ends]
-            primitive = _reorder_primitive(library, handles, *ends)
-        return primitive, (Arg * 2)((SRC, objects[0]), (DST, objects[1])), objects
+            pd = handles.keep("primitive_desc", library.make(
+                "reorder_primitive_desc_create", source, library.engine, target, library.engine, None))
+            self.impl = library.impl(pd)
+            self.primitive = library.make("primitive_create", pd)
+        self.objects = [library.memory(source), library.memory(target)]
+        self.args = (Arg * 2)((SRC, self.objects[0]), (DST, self.objects[1]))
+        weakref.finalize(self, drop, library, (self.primitive, None, self.objects)).atexit = False
+
+    def run(self, source: int, target: int) -> None:
+        self.library.set_handle(self.objects[0], source)
+        self.library.set_handle(self.objects[1], target)
+        self.library.run(self.primitive, self.args)
 
 
-@functools.lru_cache(maxsize=None)
-def rounder(library: Library, k: int) -> Rounder:
-    return Rounder(library, k)
+@functools.lru_cache(maxsize=4 * SHAPES_KEPT)
+def rounding(library: Library, rows: int, k: int) -> Reorder:
+    """From fp32 [rows, k] to bf16, rounded to nearest, ties to even."""
+    with Handles(library) as handles:
+        return Reorder(library, handles.desc((rows, k), "fp32"), handles.desc((rows, k), "bf16"))
 
 
 def drop(library: Library, shape: tuple) -> None:
@@ -186,16 +181,3 @@ def drop(library: Library, shape: tuple) -> None:
     library.call("primitive_destroy", primitive)
     for memory in objects:
         library.call("memory_destroy", memory)
-
-
-def _reorder_primitive(library: Library, handles: Handles, source: int, target: int) -> int:
-    pd = handles.keep("primitive_desc", library.make(
-        "reorder_primitive_desc_create", source, library.engine, target, library.engine, None))
-    return library.make("primitive_create", pd)
-
-
-def reorder(library: Library, handles: Handles, source: tuple[int, int], target: tuple[int, int]) -> None:
-    """Copies between two (descriptor, address), changing layout and dtype."""
-    primitive = handles.keep("primitive", _reorder_primitive(library, handles, source[0], target[0]))
-    memories = [handles.keep("memory", library.memory(*end)) for end in (source, target)]
-    library.run(primitive, (Arg * 2)((SRC, memories[0]), (DST, memories[1])))

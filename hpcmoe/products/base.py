@@ -1,0 +1,68 @@
+"""What all products with a fixed weight share: their interface, and the checks of what goes in and out.
+
+Letters: t rows, n outputs, k inputs; in a gated unit d inputs and f hidden outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hpcmoe.errors import UserError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Linear:
+    """y [t, n] = x [t, k] W^T + b. `nbytes`: of the weight as it is owned."""
+
+    n: int
+    k: int
+    nbytes: int
+
+    def __call__(self, x_tk, out=None):
+        """fp32 rows for fp32 rows, any number of them; rows of uint16 are read as bf16.
+
+        out: where to put y, contiguous fp32 [t, n]; ValueError for any other.
+        """
+        raise NotImplementedError
+
+
+class Backend:
+    """What makes products: name, version of its library, dtype of its inputs, threads it uses."""
+
+    name: str
+    version: str
+    dtype: str
+    threads: int
+
+    def linear(self, weight_nk, bias_n=None) -> Linear:
+        """Owns a weight as checkpoints store it: fp32, fp16, or bf16 bits in uint16; the source may go afterwards."""
+        raise NotImplementedError
+
+    def glu(self, gate_fd, up_fd, act: str = "silu") -> Linear:
+        """The gated unit h [t, f] = act(x W_gate^T) * (x W_up^T); act: silu, gelu, gelu_tanh or relu."""
+        raise NotImplementedError
+
+
+def check_activation(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise UserError(f"activation = {act!r}: expected one of {', '.join(ACTIVATIONS)}")
+
+
+def rows_of(x_tk, k: int, dtype: str = "fp32"):
+    """x as contiguous rows that a product takes: fp32, or bf16 bits where the product computes in bf16."""
+    if x_tk.ndim != 2 or x_tk.shape[1] != k:
+        raise ValueError(f"rows of shape {x_tk.shape}: expected [t, {k}]")
+    if x_tk.dtype == np.uint16 and dtype == "fp32":
+        x_tk = (x_tk.astype(np.uint32) << 16).view(np.float32)
+    if not isinstance(x_tk, np.ndarray):
+        return x_tk
+    return np.ascontiguousarray(x_tk, dtype=None if x_tk.dtype == np.uint16 else np.float32)
+
+
+def output(xp, out, rows: int, n: int):
+    if out is None:
+        return xp.empty((rows, n), np.float32)
+    if out.shape != (rows, n) or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}: expected contiguous float32 [{rows}, {n}]")
+    return out
