@@ -81,7 +81,10 @@ def mpi_checks(MPI) -> list[Check]:
               MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple"}
     numbers = ".".join(str(number) for number in MPI.get_vendor()[1])
     launched = launched_size(os.environ)
-    nodes = Counter(comm.allgather(node_name(os.environ)))
+    places = comm.allgather((node_name(os.environ), sorted(os.sched_getaffinity(0))))
+    nodes = Counter(name for name, _ in places)
+    cores = {name: len({core for at, mine in places if at == name for core in mine}) for name in nodes}
+    worst = min(nodes, key=lambda name: cores[name] / nodes[name])
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
     sharing = comm.allgather(shared.size)
     shared.Free()
@@ -92,6 +95,7 @@ def mpi_checks(MPI) -> list[Check]:
         Check("ranks", f"{comm.size} on {len(nodes)} node{'s' * (len(nodes) > 1)}: "
               + ", ".join(f"{name} {count}" for name, count in list(nodes.items())[:8]) + ", ..." * (len(nodes) > 8)),
         Check("ranks sharing memory", _span(sharing)),
+        Check("cores per rank", f"{cores[worst] / nodes[worst]:.3g} ({cores[worst]} for {nodes[worst]} on {worst})"),
     ]
     return checks + _transports(comm)
 
@@ -117,13 +121,14 @@ def local_facts() -> dict[str, Check]:
 def _machine() -> list[Check]:
     from hpcmoe import memory
     model, flags = cpu()
-    free, cores = memory.available(), memory.cores()
+    free = memory.available()
     return [
-        Check("Python", f"{platform.python_version()} ({sys.executable})"),
+        Check("Python", platform.python_version()),
+        Check("interpreter", sys.executable),
         Check("hpcmoe", _version("hpcmoe")),
         Check("CPU", model),
         Check("CPU features", " ".join(name for name in FEATURES if name in flags) or "none of those that matter here"),
-        Check("cores", str(cores)),
+        Check("cores", str(memory.cores())),
         Check("memory", f"{memory.total() / GB:.1f} GB, {free / GB:.1f} GB free",
               "" if free > 0.2 * GB else "less than 0.2 GB of memory is free"),
     ]
@@ -147,10 +152,13 @@ def _arithmetic() -> list[Check]:
     checks = [Check("NumPy", f"{numpy.__version__}, BLAS: {_blas(numpy)}"),
               Check("threads per rank", _threads())]
     from hpcmoe import linear
-    backends = linear.backends()
-    found = [name for name, fault in backends.items() if not fault]
-    checks.append(Check("products with weights", ", ".join(found), "" if found else "no backend works"))
-    return checks + [Check(f"backend {name}", f"not here: {fault}") for name, fault in backends.items() if fault]
+    for dtype in linear.DTYPES:
+        try:
+            backend = linear.choose("auto", dtype)
+            checks.append(Check(f"products in {dtype}", f"{backend.name} {backend.version}"))
+        except UserError as error:
+            checks.append(Check(f"products in {dtype}", f"not here: {error}", str(error) if dtype == "fp32" else ""))
+    return checks + [Check(f"backend {name}", f"not here: {fault}") for name, fault in linear.backends().items() if fault]
 
 
 def _blas(numpy) -> str:
