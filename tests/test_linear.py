@@ -13,7 +13,6 @@ from hpcmoe import linear, onednn
 from hpcmoe.errors import UserError
 from hpcmoe.model.dtypes import from_fp32, to_fp32
 from hpcmoe.products import primitives
-from hpcmoe.products.weights import slabs
 from hpcmoe.products.widen import widen
 
 ROWS = (0, 1, 2, 7, 8, 9, 16, 33, 64, 80, 81, 1000)
@@ -220,15 +219,6 @@ def test_threads_share_a_product(packing):
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-@given(rows=st.integers(0, 5000), most=st.integers(1, 600))
-def test_slabs_cover_all_rows_evenly(rows, most):
-    cut = slabs(rows, most)
-    sizes = [end - start for start, end in cut]
-    assert [start for start, _ in cut] == [0, *np.cumsum(sizes)[:-1]] if rows else cut == []
-    assert sum(sizes) == rows and all(0 < size <= most for size in sizes)
-    assert not sizes or max(sizes) - min(sizes) <= 1
 
 
 # ---------------------------------------------------------------- dtypes

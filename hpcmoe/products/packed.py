@@ -7,7 +7,7 @@ import numpy as np
 from hpcmoe import onednn
 from hpcmoe.products.base import Backend, Linear, check_activation, output, rows_of
 from hpcmoe.products.primitives import rounding
-from hpcmoe.products.weights import PackedBias, PackedWeight, slabs, zeroed
+from hpcmoe.products.weights import PackedBias, PackedWeight, zeroed
 from hpcmoe.products.widen import bias_fp32
 
 
@@ -67,10 +67,11 @@ class PackedLinear(Linear):
         out = output(np, out, len(x_tk), self.n)
         y, step, bias = out.ctypes.data, out.strides[0], self._bias.memory if self._bias else 0
         with self.backend.library.lock:
-            for t0, t1 in slabs(len(x_tk), self.weight.slab):
-                xs = self.backend.inputs(self.weight, x_tk[t0:t1])
+            for t0 in range(0, len(x_tk), self.weight.slab):
+                x_slab = x_tk[t0:t0 + self.weight.slab]
+                xs = self.backend.inputs(self.weight, x_slab)
                 for part, product, x in zip(self.weight.parts, self._products, xs):
-                    product.run(t1 - t0, x, part.memory, y + t0 * step, bias)
+                    product.run(len(x_slab), x, part.memory, y + t0 * step, bias)
         return out
 
 
@@ -92,9 +93,9 @@ class PackedGlu(Linear):
         out = output(np, out, len(x_td), self.n)
         h, step = out.ctypes.data, out.strides[0]
         with self.backend.library.lock:
-            for t0, t1 in slabs(len(x_td), self.up.slab):
-                rows = t1 - t0
-                xs = self.backend.inputs(self.up, x_td[t0:t1])
+            for t0 in range(0, len(x_td), self.up.slab):
+                x_slab = x_td[t0:t0 + self.up.slab]
+                rows, xs = len(x_slab), self.backend.inputs(self.up, x_slab)
                 gate = self.backend.scratch("gate", rows * self.n * 4)
                 for part, product, x in zip(self.gate.parts, self._gate_products, xs):
                     product.run(rows, x, part.memory, gate)

@@ -15,7 +15,7 @@ from hpcmoe.onednn import BYTES, Dims, Handles, Library
 from hpcmoe.products.primitives import Layout, Product, Reorder, layout, product
 from hpcmoe.products.widen import widen
 
-SLAB_AVX2 = 80    # rows of one call at most; beyond, the library changes to its slower regime
+SLAB_AVX2 = 80    # rows of one call at most: the best number of rows, beyond which a slower regime begins
 SLAB = 512
 PART_AVX2 = 2048  # columns: 64 rows of them fit in an L2 cache of 512 KiB
 TILE = 1 << 19    # bytes widened at once on the way into the layout: about an L2 cache
@@ -98,16 +98,6 @@ class PackedWeight:
         return [product(self.library, part.layout, bias and i == 0,
                         (("sum",) if i else ()) + (post if i == last else ()), (self.dtype, y_dtype))
                 for i, part in enumerate(self.parts)]
-
-
-def slabs(rows: int, most: int) -> list[tuple[int, int]]:
-    """Nearly equal ranges of at most `most` rows; none for 0 rows.
-
-    >>> slabs(81, 80)
-    [(0, 41), (41, 81)]
-    """
-    count = -(-rows // most)
-    return [(i * rows // count, (i + 1) * rows // count) for i in range(count)] if count else []
 
 
 class PackedBias:
