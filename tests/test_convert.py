@@ -390,27 +390,31 @@ def test_full_disk(tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy, h5py, xxhash
 from hpcmoe.data.convert import convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name + ":"))
+before = status("VmRSS")
 convert(sys.argv[1], sys.argv[2], sys.argv[3])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path, dtype):
-    config = {**CONFIG, "hidden_size": 384, "intermediate_size": 4000, "num_local_experts": 12, "vocab_size": 4000}
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("the peak of a process's memory is read from /proc")
+    config = {**CONFIG, "hidden_size": 384, "intermediate_size": 4000, "num_local_experts": 4, "vocab_size": 4000}
     data = {name: np.zeros_like(array) for name, array in tensors(config).items()}
     largest, total = max(a.nbytes for a in data.values()), sum(a.nbytes for a in data.values())
-    assert total > 20 * 2 * largest
+    assert total > 20 * largest
     folder = checkpoint(tmp_path / "hf", data, config)
     del data
     ran = subprocess.run([sys.executable, "-c", MEMORY, folder, str(tmp_path / "o.h5"), dtype],
                          capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 2 * largest, (int(ran.stdout), largest)
+    assert 0 < int(ran.stdout) < 2 * largest, (int(ran.stdout), largest)
 
 
 # ---------------------------------------------------------------- the command
