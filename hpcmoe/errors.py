@@ -34,3 +34,7 @@ def at(where: str, field: str = "", value: object = None, expected: str = "") ->
 
 class AgreedError(UserError):
     """A UserError that every rank knows of: rank 0 prints it, all leave with EXIT_USER."""
+
+
+class Stalled(Exception):
+    """An awaited message made no progress within the deadline; the text says which one."""

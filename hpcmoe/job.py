@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -11,13 +12,14 @@ import numpy as np
 
 from hpcmoe import linear, memory
 from hpcmoe.config import JobConfig, ModelConfig, to_dict
-from hpcmoe.data.outputs import Result, check_output_dir, output_text, write_outputs
+from hpcmoe.data.outputs import Result, output_text, write_outputs
 from hpcmoe.data.loadfile import write_load
 from hpcmoe.data.requests import Request, read_requests, synthetic_requests
-from hpcmoe.data.tokenizer import Tokenizer
+from hpcmoe.data.tokenizer import Tokenizer, text_installed
 from hpcmoe.data.weights import WeightsFile
 from hpcmoe.errors import EXIT_OK, UserError
 from hpcmoe.facts import job_facts
+from hpcmoe.files import check_folder
 from hpcmoe.parallel import exchange, holdings, layout as layouts, plan
 from hpcmoe.parallel.batch import Batcher, Work
 from hpcmoe.parallel.check import check
@@ -75,13 +77,15 @@ def _say(text: str) -> None:
 
 def _prepare(job: JobConfig, ranks: int) -> Prepared:
     """Reads and checks all that can be checked before weights are loaded."""
-    check_output_dir(job.output.dir)
+    check_folder(job.output.dir)
+    if job.output.trace:
+        check_folder(os.path.dirname(job.output.trace) or ".")
     linear.choose(job.weights.backend, job.weights.dtype)
     with WeightsFile(job.weights.file) as file:
         model = file.config
         layout, why = layouts.choose(job.layout, ranks, model)
         tokenizer = None
-        if file.tokenizer_json:
+        if file.tokenizer_json and (text_installed() or _has_text(job)):
             tokenizer = Tokenizer.from_json(file.tokenizer_json, file.chat_template, file.special, model.bos_id)
     if job.run.context > model.context:
         raise UserError(f"job: run.context = {job.run.context}: expected at most the model's {model.context} tokens")
@@ -92,9 +96,15 @@ def _prepare(job: JobConfig, ranks: int) -> Prepared:
     longest = max((len(r.tokens) + r.max_tokens for r in requests if not r.error), default=0)
     if longest == 0:
         first = requests[0]
+        path = write_outputs(job.output.dir, job.task, requests, [], tokenizer, os.path.basename(job.weights.file))
         raise UserError(f"{job.requests.file}: none of its {len(requests)} requests can run; the first: "
-                        f"line {first.line}: {first.error}")
+                        f"line {first.line}: {first.error} (the others: {path})")
     return Prepared(job, model, layout, why, job.run.context or longest, requests, tokenizer)
+
+
+def _has_text(job: JobConfig) -> bool:
+    """Whether a job cannot do without a tokenizer."""
+    return job.task != "throughput" and not job.requests.file.endswith((".h5", ".hdf5"))
 
 
 def to_work(r: Request) -> Work:
@@ -237,7 +247,7 @@ class Session:
         job, requests, tokenizer = self.job, self.mine.requests, self.mine.tokenizer
         failed = [r for r in requests if r.error]
         report = metrics.metrics(self.records, job_facts(self, len(failed)))
-        path = write_outputs(job.output.dir, job.task, requests, results, tokenizer, os.path.basename(job.weights.file))
+        path = self._write_outputs(results)
         write_load(job.output.dir, self.records, self.model, self.layout.dp)
         if job.output.trace:
             trace.write_trace(job.output.trace, self.records)
@@ -252,6 +262,19 @@ class Session:
             self.say(f"{len(failed)} of {len(requests)} requests did not run: their rows in {path} say why")
         self.say(f"outputs in {path}, report in {report_path}" + (f", trace in {job.output.trace}" if job.output.trace else ""))
         return EXIT_OK
+
+    def _write_outputs(self, results: list[Result]):
+        """outputs.jsonl; where it cannot be written after all, hours of work are saved in a folder for temporary files."""
+        job, mine = self.job, self.mine
+        rest = (job.task, mine.requests, results, mine.tokenizer, os.path.basename(job.weights.file))
+        try:
+            return write_outputs(job.output.dir, *rest)
+        except UserError as error:
+            try:
+                path = write_outputs(tempfile.mkdtemp(prefix="hpcmoe-saved-"), *rest)
+            except (UserError, OSError) as second:
+                raise UserError(f"{error}; nor could the outputs be saved elsewhere: {second}") from error
+            raise UserError(f"{error}; the outputs are saved in {path} of host {self.record.host}") from error
 
 
 def _show(requests: list[Request], results: list[Result], tokenizer: Tokenizer | None) -> None:

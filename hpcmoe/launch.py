@@ -25,7 +25,7 @@ from typing import Callable
 
 from hpcmoe.environment import (HYDRA, MPIRUN, SRUN, AloneError, check_alone, cure, env_rank, launched_many,
                                 launcher, node_name)
-from hpcmoe.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
+from hpcmoe.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, Stalled, UserError
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells count
 TOGETHER_S = 3.0       # how long a failing rank waits for the others to fail as well
@@ -152,7 +152,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         return EXIT_USER, f"{before}hpcmoe: {error}"
     if isinstance(error, MemoryError):
         return EXIT_FAILED, f"{before}hpcmoe: out of memory: {error}"
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, Stalled)):
         return EXIT_FAILED, f"{before}hpcmoe: {error}"
     return EXIT_FAILED, f"{lines}hpcmoe: internal error: {type(error).__name__}: {error}"
 

@@ -42,7 +42,8 @@ def test_a_transport_that_moves_wrong_values_fails_its_self_test():
 
 
 def test_waiting_ends_at_the_deadline_and_names_the_op():
-    from hpcmoe.parallel.exchange import Stalled, Waiter
+    from hpcmoe.errors import Stalled
+    from hpcmoe.parallel.exchange import Waiter
 
     class Never:
         def test(self):

@@ -13,7 +13,8 @@ import pytest
 from small_text import EOS, model, tokenizer
 
 from hpcmoe.config import SamplingJob
-from hpcmoe.data.outputs import (Result, check_output_dir, perplexity_of, replacing, write_outputs)
+from hpcmoe.data.outputs import Result, perplexity_of, write_outputs
+from hpcmoe.files import check_folder, replacing
 from hpcmoe.data.requests import Request, read_requests
 from hpcmoe.errors import UserError
 
@@ -262,19 +263,19 @@ def test_a_full_disk(tmp_path):
     assert done.stderr == ""
 
 
-def test_check_output_dir(tmp_path):
-    check_output_dir(tmp_path / "a" / "b")
+def test_check_folder(tmp_path):
+    check_folder(tmp_path / "a" / "b")
     (tmp_path / "a" / "b" / "kept").write_text("x")
-    check_output_dir(tmp_path / "a" / "b")
+    check_folder(tmp_path / "a" / "b")
     assert os.listdir(tmp_path / "a" / "b") == ["kept"]
     with pytest.raises(UserError, match="kept: is a file: expected a folder"):
-        check_output_dir(tmp_path / "a" / "b" / "kept")
+        check_folder(tmp_path / "a" / "b" / "kept")
     with pytest.raises(UserError, match="kept/c: cannot be written: Not a directory"):
-        check_output_dir(tmp_path / "a" / "b" / "kept" / "c")
+        check_folder(tmp_path / "a" / "b" / "kept" / "c")
     with pytest.raises(UserError, match="/proc/none: cannot be written"):
-        check_output_dir("/proc/none")
+        check_folder("/proc/none")
     with pytest.raises(UserError, match="/proc: cannot be written"):
-        check_output_dir("/proc")
+        check_folder("/proc")
 
 
 def test_a_folder_without_permission(tmp_path):
@@ -283,11 +284,11 @@ def test_a_folder_without_permission(tmp_path):
     for folder in [tmp_path, *list(tmp_path.parents)[:-2]]:
         if os.stat(folder).st_uid == os.getuid():
             folder.chmod(folder.stat().st_mode | 0o055)
-    code = ("import os, sys\nfrom hpcmoe.data.outputs import check_output_dir\n"
+    code = ("import os, sys\nfrom hpcmoe.files import check_folder\n"
             "from hpcmoe.errors import UserError\n"
             "if os.geteuid() == 0: os.setegid(65534), os.seteuid(65534)\n"
             "for path in sys.argv[1:]:\n"
-            "    try: check_output_dir(path)\n"
+            "    try: check_folder(path)\n"
             "    except UserError as error: print(error)\n")
     shut = str(tmp_path / "shut")
     done = subprocess.run([sys.executable, "-c", code, shut, shut + "/new"], capture_output=True,

@@ -18,7 +18,7 @@ from hpcmoe.config import JobConfig
 from hpcmoe.errors import UserError
 from hpcmoe.report import compare, report_cli, table
 from hpcmoe.report.expert_load import expert_load
-from hpcmoe.report.files import whole_file
+from hpcmoe.files import replacing
 from hpcmoe.report.metrics import metrics, prefill_and_decode_s
 from hpcmoe.report.reading import read_report
 from hpcmoe.report.record import KINDS, MOVES, RankRecord, RequestTimes, StepRow
@@ -371,10 +371,10 @@ def test_report_round_trip(tmp_path):
 
 def test_report_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/report.json: cannot write the report"):
+    with pytest.raises(UserError, match="file: is a file: expected a folder"):
         table.write_report(tmp_path / "file", metrics(two_ranks(), FACTS))
     (tmp_path / "taken" / "report.json").mkdir(parents=True)
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match="report.json: cannot be written: Is a directory"):
         table.write_report(tmp_path / "taken", metrics(two_ranks(), FACTS))
     assert [p.name for p in (tmp_path / "taken").iterdir()] == ["report.json"]
 
@@ -384,7 +384,7 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, error):
     target = tmp_path / "out.json"
     target.write_text("old")
     with pytest.raises((error, UserError)):
-        with whole_file(target, "text") as file:
+        with replacing(target) as temporary, open(temporary, "w") as file:
             file.write("half")
             file.flush()
             raise error
@@ -397,7 +397,7 @@ def test_full_disk(tmp_path):
     if not full.exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(UserError, match="No space left"):
-        with whole_file(tmp_path / "out.json", "report"), open(full, "w") as file:
+        with replacing(tmp_path / "out.json") as temporary, open(temporary, "w"), open(full, "w") as file:
             file.write("x" * 100_000)
     assert not list(tmp_path.iterdir())
 

@@ -122,3 +122,44 @@ def test_score_gives_the_log_probability_of_each_token(case, ranks, more):
             found = np.array([v for v in row["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"] if v is not None])
             np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=body)
             assert row["response"]["body"]["perplexity"] == pytest.approx(math.exp(-expected.mean()), rel=1e-4)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks, more", [(1, {}), (8, {"layout.pp": 2, "run.lanes": 2, "run.max_sequences": 16}), (4, {"layout.dp": 2})])
+def test_the_expert_load_is_what_the_routers_chose(case, ranks, more):
+    """Rows per layer and expert over the whole run, counted again by the plain reference."""
+    import h5py
+    from hpcmoe.data.weights import WeightsFile
+    from hpcmoe.model import reference
+    folder, sets, prompts, _, base = case
+    _, _, report = run_job(ranks, folder, {**sets, **more}, name="load")
+    expected = np.zeros((LAYERS, EXPERTS), dtype=int)
+
+    def count(layer, expert_tk):
+        expected[layer] += np.bincount(expert_tk.reshape(-1), minlength=EXPERTS)
+
+    with WeightsFile(sets["weights.file"]) as file:
+        for prompt, choice in zip(prompts, base):
+            reference.logits(file, list(prompt) + numbers(choice)[0][:-1], 128, count)
+    with h5py.File(folder / f"load-{ranks}" / "expert_load.h5") as file:
+        rows = file["rows"][:]
+    assert rows.sum(axis=(0, 1)).tolist() == expected.tolist()
+    assert [layer["rows_per_expert"] for layer in report["expert_load"]["layers"]] == expected.tolist()
+
+
+@pytest.mark.mpi
+def test_a_real_trace_follows_the_schedule(case):
+    """Every rank's busy spans, in the order of their starts, are its program once per round."""
+    from hpcmoe.parallel.schedule import Role, build
+    folder, sets, *_ = case
+    trace = folder / "trace.json"
+    run_job(8, folder, {**sets, "layout.pp": 2, "run.lanes": 2, "layout.leaders": 3, "output.trace": trace}, name="trace")
+    events = json.loads(trace.read_text())
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    built = build("overlapped", 2, LAYERS, 4, 2)
+    for rank in range(8):
+        spans = sorted((e for e in events if e.get("ph") == "X" and e["pid"] == rank + 1 and e["cat"] == "op"), key=lambda e: e["ts"])
+        program = [s.op for s in built.programs[Role(rank // 4, rank % 4 < 3)]]
+        done = [(e["args"]["kind"], e["args"]["layer"], e["args"]["micro"]) for e in spans]
+        assert len(done) % len(program) == 0 and len(done) > 0
+        assert done == [tuple(op) for op in program] * (len(done) // len(program))

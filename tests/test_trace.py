@@ -202,7 +202,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(TypeError):
         write_trace(tmp_path / "trace.json", records)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="cannot write the trace"):
+    with pytest.raises(UserError, match="/dev/null: is a file: expected a folder"):
         write_trace("/dev/null/trace.json", [])
 
 
@@ -277,9 +277,9 @@ def test_picture_of_a_trace(tmp_path):
     assert plot_trace(pipeline(), tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="spans"):
         plot_trace(pipeline(), tmp_path / "e.svg", window=(500.0, 600.0))
-    with pytest.raises(UserError, match="cannot write the picture"):
+    with pytest.raises(UserError, match="a.svg: is a file"):
         plot_trace(pipeline(), tmp_path / "a.svg" / "f.svg")
-    with pytest.raises(UserError, match="cannot write the picture"):
+    with pytest.raises(UserError, match="unknown"):
         plot_trace(pipeline(), tmp_path / "f.unknown")
 
 

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from hpcmoe.config import ModelConfig
-from hpcmoe.data.outputs import replacing
+from hpcmoe.files import replacing
 
 NAME = "expert_load.h5"
 

@@ -7,20 +7,18 @@ final name a file is whole or not there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import math
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
 from hpcmoe.data.requests import Request
+from hpcmoe.files import replacing
 from hpcmoe.errors import UserError
 
 OUTPUTS = "outputs.jsonl"
@@ -41,62 +39,6 @@ class Result:
     tokens: np.ndarray
     logprobs: np.ndarray | None = None
     finish_reason: str = "length"
-
-
-# ---------------------------------------------------------------- files
-def check_output_dir(dir) -> None:
-    """Make the folder where there is none and try to write in it; what is there stays.
-
-    Raises UserError where that fails: better before hours of work than after.
-    """
-    path = os.fspath(dir)
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: is a file: expected a folder for the outputs")
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-@contextlib.contextmanager
-def replacing(path) -> Iterator[str]:
-    """Gives a temporary name beside `path`; at the end what was written there becomes `path`.
-
-    On any failure the temporary file is removed and `path` stays as it was. OSError becomes a
-    UserError that names the path.
-    """
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(folder or ".")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # after the rename there is nothing left to remove
-            os.remove(temporary)
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems cannot sync a folder; the file itself was synced.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
-            raise
-    finally:
-        os.close(handle)
-
-
-def _unwritable(path: str, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 # ---------------------------------------------------------------- rows

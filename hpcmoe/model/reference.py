@@ -6,6 +6,7 @@ Slow on purpose. It shares the router's rule and the rotary speeds with the engi
 from __future__ import annotations
 
 import math
+from typing import Callable
 
 import numpy as np
 
@@ -15,8 +16,11 @@ from hpcmoe.model.dtypes import to_fp32
 from hpcmoe.model.router import gate
 
 
-def logits(file, tokens, context: int) -> np.ndarray:
-    """Logits [t, v] fp64 of every position of one sequence of token ids [t]; file: an open WeightsFile."""
+def logits(file, tokens, context: int, seen: Callable | None = None) -> np.ndarray:
+    """Logits [t, v] fp64 of every position of one sequence of token ids [t]; file: an open WeightsFile.
+
+    seen(layer, expert_tk) is called with the choices of every layer.
+    """
     m: ModelConfig = file.config
     embed_vd = _wide(file.top("embed"))
     x_td = embed_vd[np.asarray(tokens)]
@@ -24,7 +28,7 @@ def logits(file, tokens, context: int) -> np.ndarray:
     for layer in range(m.layers):
         t = {name: _wide(a) for name, a in file.dense(layer).items()}
         x_td = x_td + _attention(m, t, _norm(m, t, "attn_norm", x_td), speed, factor)
-        x_td = x_td + _moe(m, t, file, layer, _norm(m, t, "ffn_norm", x_td))
+        x_td = x_td + _moe(m, t, file, layer, _norm(m, t, "ffn_norm", x_td), seen)
     top = {"norm": _wide(file.top("norm"))}
     if m.norm == "layer":
         top["norm_bias"] = _wide(file.top("norm_bias"))
@@ -96,8 +100,10 @@ def activation(name: str, x) -> np.ndarray:
     return np.maximum(x, 0.0)
 
 
-def _moe(m: ModelConfig, t: dict, file, layer: int, x_td) -> np.ndarray:
+def _moe(m: ModelConfig, t: dict, file, layer: int, x_td, seen) -> np.ndarray:
     expert_tk, weight_tk = gate(x_td @ t["router"].T, m.router, t.get("router_bias"))
+    if seen:
+        seen(layer, expert_tk)
     weights = {int(e): {n: _wide(a) for n, a in file.expert(layer, int(e)).items()} for e in np.unique(expert_tk)}
     y_td = np.zeros_like(x_td)
     for row, x_d in enumerate(x_td):

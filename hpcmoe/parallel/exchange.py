@@ -14,11 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmoe.device import to_host, xp_of
-from hpcmoe.errors import UserError
-
-
-class Stalled(Exception):
-    """An awaited message made no progress within the deadline."""
+from hpcmoe.errors import Stalled, UserError
 
 
 class Handle:

@@ -196,7 +196,7 @@ class Stage:
             np.take(micro.normed_td, micro.route.token_s, axis=0, out=x_sd, mode="clip")
         if self.size == 1:
             micro.x_id = x_sd
-            self.record.rows_own["DISPATCH"] = self.record.rows_own.get("DISPATCH", 0) + n_send
+            self._count(op, 0, 0, 0, n_send)
             return None
         micro.plan = Plan.of(n_send_r, n_recv_r, self.me)
         micro.x_id = scratch.rows("x_id", int(n_recv_r.sum()), self.model.d)
@@ -244,6 +244,7 @@ class Stage:
         micro = self.micros[op.micro]
         if self.size == 1:
             micro.y_sd = micro.y_id
+            self._count(op, 0, 0, 0, len(micro.y_id))
             return None
         n_send = 0 if micro.route is None else len(micro.route.token_s)
         micro.y_sd = self.scratch[self.lane(op)].rows("y_sd", n_send, self.model.d)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpcmoe.errors import UserError, at
-from hpcmoe.report.files import whole_file
+from hpcmoe.files import replacing
 from hpcmoe.report.record import KINDS, RankRecord, Span
 from hpcmoe.report.trace import read_trace
 
@@ -122,7 +122,7 @@ def _save(figure, path: str | Path) -> Path:
     look = {"svg.hashsalt": "hpcmoe", "svg.fonttype": "none",
             "font.sans-serif": ["DejaVu Sans", "Arial"]}  # named with every text: keep it short
     with rc_context(look):
-        with whole_file(path, "picture", binary=True) as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             try:
                 figure.savefig(file, format=path.suffix[1:] or "svg", dpi=150, metadata=metadata)
             except ValueError as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcmoe.report.files import whole_file
+from hpcmoe.files import replacing
+
 
 WIDTH = 100
 LAYERS_SHOWN = 4
@@ -201,7 +202,7 @@ def write_report(folder: str | Path, report: dict) -> Path:
     """
     path = Path(folder) / "report.json"
     text = json.dumps(report, indent=1, allow_nan=False, default=_plain)
-    with whole_file(path, "report") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text + "\n")
     return path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpcmoe.errors import UserError, at
-from hpcmoe.report.files import whole_file
+from hpcmoe.files import replacing
 from hpcmoe.report.record import KINDS, RankRecord, Span
 
 # Perfetto takes process and thread 0 for the idle task, so both are counted from 1
@@ -36,7 +36,7 @@ def write_trace(path: str | Path, records: list[RankRecord]) -> Path:
     records = sorted(records, key=lambda r: r.rank)
     # aligned clocks can put the first spans shortly before 0, which viewers do not like
     origin = min([0.0] + [s.start_s for r in records for s in r.spans])
-    with whole_file(path, "trace") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "otherData": {"format": "hpcmoe-trace"},\n'
                    '"traceEvents": [\n')
         first = True
