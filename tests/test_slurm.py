@@ -67,7 +67,7 @@ def submit(slurm, tmp_path, job, limit=150, **env) -> tuple[str, str, str]:
 def ours(log: str) -> list[str]:
     """The program's own messages of failure; progress and facts begin with other words."""
     return [line for line in log.splitlines() if line.startswith("hpcmoe: ") and
-            not line.startswith(("hpcmoe: layout", "hpcmoe: weights loaded", "hpcmoe: outputs"))]
+            not line.startswith(("hpcmoe: layout dp", "hpcmoe: weights loaded", "hpcmoe: outputs"))]
 
 
 @pytest.mark.parametrize("launch", ["srun", "mpirun"])
