@@ -17,6 +17,7 @@ from hpcmoe.data.loadfile import write_load
 from hpcmoe.data.requests import Request, read_requests, synthetic_requests
 from hpcmoe.data.tokenizer import Tokenizer, text_installed
 from hpcmoe.data.weights import WeightsFile
+from hpcmoe.device import gpus
 from hpcmoe.errors import EXIT_OK, UserError
 from hpcmoe.facts import job_facts
 from hpcmoe.files import check_folder
@@ -63,6 +64,8 @@ def run(comm, job: JobConfig, failure_point, started_s: float) -> int:
     shared = on_root(comm, prepare)
     say = _say if comm.rank == 0 and not job.output.quiet else lambda text: None
     say(f"layout {shared.layout}: {shared.why}")
+    if gpus():
+        say(f"{len(gpus())} GPU(s) are visible here and are not used: this version computes on CPUs")
     session = Session(comm, shared, mine, failure_point, say)
     session.load()
     results = session.execute(started_s)
