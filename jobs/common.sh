@@ -7,6 +7,8 @@
 #                  scripts did not make is used as it is, and must have hpcmoe installed.
 #   HPCMOE_PYTHON  the Python to make it with. Default: the first of python3, python3.13 ... that is >= 3.10.
 
+case ${HPCMOE_VENV:-} in '' | /*) ;; *) HPCMOE_VENV=$PWD/$HPCMOE_VENV ;; esac
+
 hm_say() { printf '%s\n' "$*" >&2; }
 hm_die() { printf 'ERROR: %s\n' "$*" >&2; exit 1; }
 
@@ -60,7 +62,7 @@ hm_use() { # point this shell at an environment: hm_use VENV KIND
 
 hm_pip() { # install into the environment, quietly; on failure the last lines, and what may be the cause
   local log=$HM_VENV/pip.log
-  "$HM_PYTHON" -m pip install --disable-pip-version-check --retries 2 --quiet "$@" >"$log" 2>&1 && return
+  "$HM_PYTHON" -m pip install --disable-pip-version-check --retries 3 --quiet "$@" >"$log" 2>&1 && return
   grep -vE '^WARNING: Retrying' "$log" | tail -n 5 >&2
   hm_die "pip could not install $* (all of its output: $log). Is the package index reachable, or a folder of wheels named in PIP_FIND_LINKS?"
 }
