@@ -169,13 +169,23 @@ def test_gated_unit_of_extreme_gates(backend):
     np.testing.assert_allclose(h_tf[:, 0], [0, 0, 0, 8100], atol=1e-30)
 
 
-def test_gated_unit_then_product(backend):
-    """One expert as the model makes it."""
-    gate_fd, up_fd, down_df = normal(1, 96, 40) / 6, normal(2, 96, 40) / 6, normal(3, 40, 96) / 10
-    x_td = normal(4, 170, 40)
-    h = ACTIVATIONS["silu"](x_td.astype(float) @ gate_fd.T) * (x_td.astype(float) @ up_fd.T)
-    y_td = backend.linear(down_df)(backend.glu(gate_fd, up_fd)(x_td))
-    np.testing.assert_allclose(y_td, h @ down_df.T, atol=2e-6)
+@pytest.mark.parametrize("f, d", [(96, 40), (2100, 40), (33, 2100), (4500, 17)])
+def test_expert_against_closed_form(backend, f, d):
+    """A whole expert as the model makes it: its hidden width, or the rows, may be cut into parts."""
+    gate_fd, up_fd, down_df = normal(1, f, d) / math.sqrt(d), normal(2, f, d) / math.sqrt(d), normal(3, d, f) / math.sqrt(f)
+    expert = backend.expert(gate_fd, up_fd, down_df, "silu")
+    assert (expert.n, expert.k) == (d, d) and expert.nbytes >= 12 * f * d
+    for rows in (0, 1, 2, 80, 81, 170):
+        x_td, y_td = normal(4, rows, d), np.full((rows, d), np.nan, np.float32)
+        h = ACTIVATIONS["silu"](x_td.astype(float) @ gate_fd.T) * (x_td.astype(float) @ up_fd.T)
+        assert expert(x_td, out=y_td) is y_td
+        np.testing.assert_allclose(y_td, h @ down_df.T, atol=1e-5)
+        np.testing.assert_allclose(expert(x_td), backend.linear(down_df)(backend.glu(gate_fd, up_fd)(x_td)), atol=1e-5)
+
+
+def test_expert_of_parts_that_do_not_fit_is_refused(backend):
+    with pytest.raises(ValueError):
+        backend.expert(normal(1, 8, 16), normal(2, 8, 16), normal(3, 8, 16))(normal(4, 2, 16))
 
 
 # ---------------------------------------------------------------- what the packed weights promise

@@ -6,19 +6,15 @@ from hpcmoe.config import ExpertConfig
 
 
 class Expert:
-    """down(act(gate x) * up x), the weights owned by Linear objects in their best layout."""
+    """down(act(gate x) * up x), the weights owned by a Linear object in their best layout."""
 
     def __init__(self, config: ExpertConfig, backend, weights: dict):
-        self.glu = backend.glu(weights["gate"], weights["up"], config.activation)
-        self.down = backend.linear(weights["down"])
-
-    @property
-    def nbytes(self) -> int:
-        return self.glu.nbytes + self.down.nbytes
+        self.product = backend.expert(weights["gate"], weights["up"], weights["down"], config.activation)
+        self.nbytes = self.product.nbytes
 
     def __call__(self, x_id, out=None):
         """y [i, d] of rows x [i, d]."""
-        return self.down(self.glu(x_id), out=out)
+        return self.product(x_id, out=out)
 
 
 def flop_per_row(d: int, f: int) -> int:

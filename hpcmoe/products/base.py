@@ -43,6 +43,21 @@ class Backend:
         """The gated unit h [t, f] = act(x W_gate^T) * (x W_up^T); act: silu, gelu, gelu_tanh or relu."""
         raise NotImplementedError
 
+    def expert(self, gate_fd, up_fd, down_df, act: str = "silu") -> Linear:
+        """A whole gated expert, y [t, d] = h W_down^T of the unit above."""
+        return Chain(self.glu(gate_fd, up_fd, act), self.linear(down_df))
+
+
+class Chain(Linear):
+    """One product after the other."""
+
+    def __init__(self, first: Linear, second: Linear):
+        self.first, self.second = first, second
+        self.n, self.k, self.nbytes = second.n, first.k, first.nbytes + second.nbytes
+
+    def __call__(self, x_tk, out=None):
+        return self.second(self.first(x_tk), out=out)
+
 
 def check_activation(act: str) -> None:
     if act not in ACTIVATIONS:

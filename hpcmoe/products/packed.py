@@ -6,7 +6,8 @@ import numpy as np
 
 from hpcmoe import onednn
 from hpcmoe.products.base import Backend, Linear, check_activation, output, rows_of
-from hpcmoe.products.primitives import rounding
+from hpcmoe.products.fused import PackedExpert
+from hpcmoe.products.primitives import layout, rounding
 from hpcmoe.products.weights import PackedBias, PackedWeight, zeroed
 from hpcmoe.products.widen import bias_fp32
 
@@ -29,6 +30,12 @@ class OneDnnBackend(Backend):
     def glu(self, gate_fd, up_fd, act: str = "silu") -> Linear:
         check_activation(act)
         return PackedGlu(self, gate_fd, up_fd, act)
+
+    def expert(self, gate_fd, up_fd, down_df, act: str = "silu") -> Linear:
+        check_activation(act)
+        if self.dtype == "fp32" and layout(self.library, *down_df.shape, self.dtype).avx2:
+            return PackedExpert(self, gate_fd, up_fd, down_df, act)
+        return super().expert(gate_fd, up_fd, down_df, act)
 
     def scratch(self, name: str, nbytes: int) -> int:
         """Address of working memory that lives until the next call of this name; grows, and is never given back."""
