@@ -223,8 +223,8 @@ def _end_all(MPI, code: int, text: str) -> None:
     """Print, unless a rank of this node already has, and end every rank. Does not return."""
     if MPI.COMM_WORLD.rank:  # where several fail, let the first rank speak; after a signal it also ends all
         time.sleep(GRACE_S + 1 if code in (EXIT_INTERRUPTED, EXIT_TERMINATED) else 0.5)
-    if not _print_once(text):
-        time.sleep(0.5)  # until the rank that claimed has printed
+    _print_once(text)
+    time.sleep(0.5)  # a rank that fails as well shall find the claim taken, and the text be on its way
     # Abort may hang, with Python's lock held, or return: SIGALRM's default action needs no Python.
     signal.alarm(3)
     MPI.COMM_WORLD.Abort(code)

@@ -10,6 +10,7 @@ status 3 and one line on standard error where the file is not what it should be.
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Iterator
@@ -73,8 +74,9 @@ def main(path: str, seconds: str) -> int:
     signal.alarm(int(seconds))  # its default action ends the process, whatever HDF5 does
     try:
         for name, values in read(path):
-            sys.stdout.buffer.write(name.encode() + b"\n")
-            np.lib.format.write_array(sys.stdout.buffer, values, allow_pickle=False)
+            whole = io.BytesIO()  # NumPy asks a real file for its position, which a pipe has not
+            np.lib.format.write_array(whole, values, allow_pickle=False)
+            sys.stdout.buffer.write(name.encode() + b"\n" + whole.getvalue())
         sys.stdout.buffer.flush()
     except Refused as error:
         print(error, file=sys.stderr)
