@@ -18,6 +18,8 @@ from hpcmoe.products.widen import widen
 SLAB_AVX2 = 80    # rows of one call at most: the best number of rows, beyond which a slower regime begins
 SLAB = 512
 PART_AVX2 = 2048  # columns: 64 rows of them fit in an L2 cache of 512 KiB
+HUGE = 1 << 21    # bytes of a huge page
+ROOM = 32 * HUGE  # bytes mapped at once for weights
 TILE = 1 << 19    # bytes widened at once on the way into the layout: about an L2 cache
 
 
@@ -30,13 +32,36 @@ def zeroed(nbytes: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8)[:nbytes]
 
 
+class Room:
+    """Zero bytes for what stays as long as the run, out of mappings of whole huge pages.
+
+    A mapping per weight would end in small pages, up to 2 MiB each, and a process has 65,530 mappings at
+    most. Memory of a mapping is given back when the last array in it has gone.
+    """
+
+    def __init__(self):
+        self.left = np.zeros(0, np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """The next page-aligned nbytes."""
+        size = nbytes + -nbytes % mmap.PAGESIZE
+        if size > len(self.left):
+            mapped = zeroed(max(size, ROOM) + HUGE)
+            self.left = mapped[-mapped.ctypes.data % HUGE:]
+        taken, self.left = self.left[:nbytes], self.left[size:]
+        return taken
+
+
+_room = Room()  # of this process; used with a library's lock held
+
+
 class Part:
     """Columns k0:k0+k of a weight in their layout: the buffer and oneDNN's memory object for it."""
 
     def __init__(self, library: Library, place: Layout, k0: int, weight_nk: np.ndarray):
         self.layout, self.k0 = place, k0
         self.nbytes = library.size(place.desc)
-        self.buffer = zeroed(self.nbytes)
+        self.buffer = _room.take(self.nbytes)
         self.memory = library.memory(place.desc, self.buffer.ctypes.data)
         weakref.finalize(self, library.lib.dnnl_memory_destroy, self.memory).atexit = False
         self._fill(library, weight_nk[:, k0:k0 + place.k])
