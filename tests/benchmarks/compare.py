@@ -80,9 +80,9 @@ class Comparison:
         """Seconds of a step by implementation, or the reason why it was left out."""
         found = {}
         for name in self.names:
-            why = self.peers.ask(self.peers.hf, "fits", name, w)
-            found[name] = why or self.peers.ask(self.peers.hf, "attempt", name)
-            self.say(f"{w.name}: transformers, {name}: " + (why or f"{w.rows / found[name]:,.0f} tokens/s"))
+            found[name] = self.peers.ask(self.peers.hf, "fits", name, w) or self.peers.ask(self.peers.hf, "attempt", name)
+            text = found[name] if isinstance(found[name], str) else f"{w.rows / found[name]:,.0f} tokens/s"
+            self.say(f"{w.name}: transformers, {name}: {text}")
         return found
 
     def _turn(self, w: Workload, implementation: str | None) -> dict:

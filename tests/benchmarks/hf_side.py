@@ -20,7 +20,7 @@ from hpcmoe.data.weights import WeightsFile
 from workloads import SEED, Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ONE_DEVICE = ("deepgemm", "sonicmoe", "fp8")  # implementations for GPUs only
+GPU_ONLY = ("deepgemm", "sonicmoe", "fp8")  # of the expert implementations
 
 
 class Model:
@@ -40,7 +40,7 @@ class Model:
             _fill(self.model, file)
         self.model.to(DTYPES[dtype]).eval()
         self.dtype = dtype
-        names = ["eager"] + [n for n in ALL_EXPERTS_FUNCTIONS.keys() if not any(part in n for part in ONE_DEVICE)]
+        names = ["eager"] + [n for n in ALL_EXPERTS_FUNCTIONS.keys() if not any(part in n for part in GPU_ONLY)]
         return {"transformers": transformers.__version__, "torch": torch.__version__, "implementations": names,
                 "attention": self.model.config._attn_implementation}
 
@@ -72,9 +72,18 @@ class Model:
         return [part.float().numpy() for part in logits]
 
     @torch.inference_mode()
-    def attempt(self, name: str) -> float:
-        """Seconds of a step with an expert implementation, after a first one; the cache is as before afterwards."""
-        self.model.set_experts_implementation(name)
+    def attempt(self, name: str) -> float | str:
+        """Seconds of a step with an expert implementation, after a first one; the cache is as before afterwards.
+
+        A text where the implementation does not run on this machine.
+        """
+        try:
+            self.model.set_experts_implementation(name)
+            return self._attempt()
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            return f"does not run here: {error}".splitlines()[0]
+
+    def _attempt(self) -> float:
         token, seconds = getattr(self, "token", None), 0.0
         for _ in range(2):
             start = time.perf_counter()
