@@ -39,7 +39,9 @@ def main() -> int:
     weights = _weights(Path(args.weights) if args.weights else out / ("tiny.h5" if args.tiny else "mixtral.h5"), args.tiny, say)
     results = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "cpu": _cpu(), "cores": memory.cores(),
                "ranks": args.ranks, "versions": {n: version(n) for n in ("hpcmoe", "numpy", "onednn-cpu-gomp", "transformers", "torch")},
-               "python": platform.python_version(), "model": TINY if args.tiny else MODEL, "dtypes": {}, "jobs": {}}
+               "python": platform.python_version(), "busy_before": _busy(), "model": TINY if args.tiny else MODEL, "dtypes": {}, "jobs": {}}
+    if results["busy_before"] > 0.05:
+        say(f"other programs take {results['busy_before']:.0%} of the cores: figures will be too low")
     wanted = args.parts.split(",")
     if "model" in wanted:
         _compare(args, weights, results, say)
@@ -94,12 +96,19 @@ def _weights(path: Path, tiny: bool, say) -> Path:
 
 
 def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            family = {k.strip(): v.strip() for k, v in (part.split(":", 1) for part in Path("/proc/cpuinfo").read_text()
-                      .split("\n\n")[0].splitlines())}
-            return f"{family['model name']} (family {family.get('cpu family')}, model {family.get('model')})"
-    return platform.processor()
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    return f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family', '-')}, model {facts.get('model', '-')})"
+
+
+def _busy(seconds: float = 2.0) -> float:
+    """Share of the cores' time that other programs (or other guests of the host) take, while this one sleeps."""
+    def times() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    before = times()
+    time.sleep(seconds)
+    spent = [b - a for a, b in zip(before, times())]
+    return 1 - (spent[3] + spent[4]) / max(1, sum(spent))  # idle, and waiting for a disk
 
 
 def _plain(value):

@@ -44,6 +44,7 @@ def render(results: dict) -> str:
     """The whole result, for a terminal and for docs/speed.md."""
     lines = [f"{results['date']}; {results['cpu']}, {results['cores']} cores; " + ", ".join(
         f"{name} {version}" for name, version in results["versions"].items())]
+    lines.append(f"other programs' share of the cores before the start: {results['busy_before']:.0%}")
     for dtype, part in results["dtypes"].items():
         lines.append("")
         if "reason" in part:
