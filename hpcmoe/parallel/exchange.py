@@ -52,7 +52,8 @@ class Waiter:
         while not handle.test():
             polls += 1
             if self.crowded:
-                os.sched_yield() if polls < 20 else time.sleep(0.0002)
+                # A poll of many ranks over a network costs system calls: the longer the wait, the rarer.
+                os.sched_yield() if polls < 20 else time.sleep(min(max(0.0002, (time.monotonic() - start) / 100), 0.005))
             elif polls % 64 == 0:
                 os.sched_yield()
             if polls % 256 == 0 and time.monotonic() - start > self.stall_s:
