@@ -131,7 +131,8 @@ def main():
     args = parser.parse_args()
     for kind, (train, held) in load(args.work, args.python_version).items():
         sizes = [sum(len(t.encode()) for t in docs) for docs in (train, held)]
-        print(f"{kind:7} {len(train):5} documents {sizes[0]:9,} bytes, held out {len(held):3} documents {sizes[1]:8,} bytes")
+        print(f"{kind:7} {len(train):5} documents {sizes[0]:9,} bytes, "
+              f"held out {len(held):3} documents {sizes[1]:8,} bytes")
         print("    " + train[0][:160].replace("\n", "\n    "))
 
 

@@ -1,6 +1,6 @@
 """Train the demonstration model: 4 MoE layers x 16 experts, top-2, 8.5 M parameters.
 
-    pip install 'torch==2.13.0' transformers tokenizers
+    pip install '.[train]'                        # in the root of the checkout
     python train.py --work /tmp/demo --out /tmp/demo-hf --minutes 80
 
 Fetches its text from Debian packages (corpus.py), trains a byte-level BPE tokenizer and a
@@ -184,7 +184,8 @@ def prepare(work, python_version, plan):
     train = [Stream(tokenizer, texts[kind][0], order) for kind in corpus.KINDS]
     held = {kind: Stream(tokenizer, texts[kind][1], order) for kind in corpus.KINDS}
     for kind, stream in zip(corpus.KINDS, train):
-        print(f"{kind}: {len(stream.ids):,} tokens to train on, {1 / stream.tokens_per_byte:.2f} bytes each", flush=True)
+        print(f"{kind}: {len(stream.ids):,} tokens to train on, "
+              f"{1 / stream.tokens_per_byte:.2f} bytes each", flush=True)
     return tokenizer, train, held
 
 
@@ -205,7 +206,7 @@ def train(args, plan):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, tokens, spent = state["step"], state["tokens"], state["minutes"]
-        rng = np.random.default_rng([plan.seed, step])
+        rng = np.random.default_rng([plan.seed, step])  # not the rows that it has seen
     else:
         curve_path.write_text("step,tokens,minutes,train_loss,learning_rate\n")
     begin, saved, recent = time.monotonic(), spent, []
@@ -215,8 +216,9 @@ def train(args, plan):
         rate = learning_rate(plan, step, done)
         if step % 50 == 0 and recent:
             with open(curve_path, "a", newline="") as file:
-                csv.writer(file).writerow([step, tokens, f"{minutes:.2f}", f"{np.mean(recent):.4f}", f"{rate:.2e}"])
-            print(f"step {step} tokens {tokens:,} minutes {minutes:.1f} loss {np.mean(recent):.4f} rate {rate:.2e}", flush=True)
+                row = [step, tokens, f"{minutes:.2f}", f"{np.mean(recent):.4f}", f"{rate:.2e}"]
+                csv.writer(file, lineterminator="\n").writerow(row)
+            print("step {} tokens {} minutes {} loss {} rate {}".format(*row), flush=True)
             recent = []
         if done >= 1 or minutes - saved >= args.save_every or (saved == 0 and minutes >= 3):
             look, least, most = quick_look(model, held)
