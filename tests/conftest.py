@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,3 +26,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(parity)
         if item.get_closest_marker("gpu") and importlib.util.find_spec("cupy") is None:
             item.add_marker(gpu)
+
+
+LIMIT_S = 450
+
+
+@pytest.fixture(autouse=True)
+def limit():
+    """No test waits for ever: after LIMIT_S seconds SIGALRM makes it fail where it stands."""
+    def ring(number, frame):
+        raise TimeoutError(f"the test took longer than {LIMIT_S} s")
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(LIMIT_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

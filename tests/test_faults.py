@@ -89,7 +89,8 @@ def test_ended_from_outside(tmp_path, how):
     job, out = tiny_job(tmp_path, requests=32, max_tokens=110), tmp_path / "out"
     process = start_ranks(4, arguments(job, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        lines = []
+        lines: list[str] = []
+        signal.alarm(90)  # a job that never starts must not hold up the tests
         while not lines or "weights loaded" not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], "".join(lines)

@@ -155,6 +155,7 @@ def test_a_rank_that_just_exits_ends_all():
 def waiting_ranks(count=4):
     """(Popen of mpiexec, pids of its ranks), once all wait inside MPI."""
     process = start_ranks(count, [ENDINGS, "wait"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.alarm(90)  # a program that never starts must not hold up the tests
     assert process.stdout.readline() == "READY\n"
     time.sleep(0.3)
     ranks = [pid for pid in descendants(process.pid) if cmdline(pid)[-2:] == [ENDINGS, "wait"] and "mpiexec" not in cmdline(pid)[0]]
