@@ -101,6 +101,7 @@ def run_main(func: Callable[[], int | None]) -> int:
     if "mpi4py.MPI" not in sys.modules:  # start_mpi initialises, not the import in some module
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     _watch_signals()
+    limit_s = 60  # ranks that come from work well done may come late
     try:
         code = func() or 0
         sys.stdout.flush()
@@ -110,9 +111,9 @@ def run_main(func: Callable[[], int | None]) -> int:
         if isinstance(error, BrokenPipeError) and not launched_many(os.environ):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `hpcmoe report ... | head` has had enough
             return EXIT_FAILED
-        code = _fail(error)
+        code, limit_s = _fail(error), 5
     if code:
-        _finalize()  # or `python -m mpi4py` would call MPI_Abort because of the exit code
+        _finalize(limit_s)  # or `python -m mpi4py` would call MPI_Abort because of the exit code
     return code
 
 
@@ -167,10 +168,10 @@ def _started_mpi():
     return MPI if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() else None
 
 
-def _finalize() -> None:
+def _finalize(limit_s: int) -> None:
     MPI = _started_mpi()
     if MPI is not None:
-        signal.alarm(3)  # ends this process should MPI_Finalize wait for messages that never come
+        signal.alarm(limit_s)  # ends this process should MPI_Finalize wait for messages that never come
         MPI.Finalize()
         signal.alarm(0)
 
