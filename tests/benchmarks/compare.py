@@ -57,6 +57,8 @@ class Comparison:
             if w.prefill:
                 self.prefill_with = result["hf_implementation"]
         turns = [self._turn(w, result.get("hf_implementation")) for _ in range(self.repetitions)]
+        for line in peers.ranks:
+            line.send("finish")
         last = peers.hear_ranks()
         if peers.hf:
             peers.ask(peers.hf, "forget")

@@ -127,10 +127,9 @@ class Timer:
             self._tell()
         else:
             self._ready()
-        if timed < self.repetitions * self.w.steps:
-            self.rank.line.recv()
-            self.rank.comm.Barrier()
-            self.since = self._now()
+        self.rank.line.recv()  # after the last turn too: the rounds that are left would disturb the other's
+        self.rank.comm.Barrier()
+        self.since = self._now()
 
     def _ready(self) -> None:
         """Which requests are this rank's, and their logits: after the prompt and after each step up to here."""
