@@ -36,7 +36,7 @@ def job_facts(session, failed: int) -> dict:
         "layout_reason": session.shared.why,
         "leaders": f"{layout.leaders} ({len(session.world.leaders)} per stage)",
         "schedule": {"name": session.schedule.name, "micro_batches": session.limits.micros, "lanes": session.limits.lanes},
-        "transport": session.transport,
+        "transport": session.world.transport,
         "sequences_at_once": session.limits.slots * session.limits.micros * len(session.world.leaders) * layout.dp,
         "context_tokens": session.limits.context,
         "dtype": session.backend.dtype,

@@ -127,7 +127,7 @@ class Session:
         self.schedule = build(self.job.run.schedule, self.layout.pp, self.model.layers, self.cut.micros, self.cut.lanes)
         if comm.rank == 0:
             check(self.schedule)
-        self.transport = exchange.choose(world.lanes[0], comm, self.job.run.transport)
+        world.transport = exchange.choose(world.lanes[0], comm, self.job.run.transport)
         here = world.here
         self.record = RankRecord(
             comm.rank, world.hosts[comm.rank], world.node_of_rank[comm.rank], here.dp, here.stage, here.place,
@@ -157,7 +157,7 @@ class Session:
         self.record.load_s = time.monotonic() - start
         self.record.weights_bytes = self.held.nbytes
         self.limits = self._limits()
-        self.say(f"weights loaded in {self.record.load_s:.2f} s; transport {self.transport}; "
+        self.say(f"weights loaded in {self.record.load_s:.2f} s; transport {self.world.transport}; "
                  f"{self.job.run.schedule} schedule, {self.cut.micros} micro-batch(es), {self.cut.lanes} lane(s); "
                  f"{self.limits.slots * self.limits.micros * len(self.world.leaders)} sequences at once per replica")
 
@@ -165,8 +165,9 @@ class Session:
         world, weights = self.world, self.job.weights
         self.backend = linear.choose(weights.backend, weights.dtype)
         with WeightsFile(weights.file, weights.verify) as file:
-            held = holdings.load(file, self.model, self.backend, self.record.layers, self.record.experts,
-                                 world.leader is not None, world.first_stage, world.last_stage, self.shared.context)
+            share = holdings.Share(self.record.layers, self.record.experts, world.leader is not None,
+                                   world.first_stage, world.last_stage)
+            held = holdings.load(file, self.model, self.backend, share, self.shared.context)
             self.record.bytes_read = file.bytes_read
             self.file_bytes = os.path.getsize(weights.file)
         return held
@@ -197,7 +198,7 @@ class Session:
         if world.first_stage and world.leader is not None:
             batcher = Batcher(self.works, self.limits.micros, self.limits.slots, self.limits.rows, job.run.prefill_chunk,
                               job.task == "score", clock)
-        stage = Stage(self.model, world, self.held, self.limits, self.transport, self.works, batcher, self.record)
+        stage = Stage(self.model, world, self.held, self.limits, self.works, batcher, self.record)
         crowded = world.ranks_on_node * self.backend.threads > memory.cores()
         waiter = exchange.Waiter(crowded, job.run.stall_s)
         program = self.schedule.programs[Role(world.here.stage, world.leader is not None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,23 +41,35 @@ class Holdings:
     nbytes: int = 0
 
 
-def load(file, model: ModelConfig, backend, layers, experts, leader: bool, first: bool, last: bool, context: int) -> Holdings:
-    """Reads the experts of (layers x experts), and for a leader the dense tensors of its layers.
+class Share(NamedTuple):
+    """Which part of the model a rank holds: experts of (layers x experts); as a leader the dense tensors
+    of its layers, with the embedding on the first stage, norm and head on the last."""
 
-    file: an open WeightsFile; backend: what makes products (hpcmoe.linear). Raises UserError as the file does.
+    layers: list[int]
+    experts: list[int]
+    leader: bool
+    first: bool
+    last: bool
+
+
+def load(file, model: ModelConfig, backend, share: Share, context: int) -> Holdings:
+    """Reads a rank's share and nothing else.
+
+    file: an open WeightsFile; backend: what makes products (hpcmoe.linear); context: the longest
+    sequence. Raises UserError as the file does.
     """
     held = Holdings()
-    for layer in layers:
-        for e in experts:
+    for layer in share.layers:
+        for e in share.experts:
             held.experts[layer, e] = Expert(model.expert, backend, file.expert(layer, e))
             held.nbytes += held.experts[layer, e].nbytes
-    if leader:
+    if share.leader:
         rope = Rope(model.attention.rope, model.attention.head_dim, context)
-        for layer in layers:
+        for layer in share.layers:
             held.blocks[layer] = _block(file.dense(layer), model, backend, rope)
             held.nbytes += file.dense_nbytes(layer)
-    if leader and (first or last):
-        _load_ends(held, file, model, backend, first, last)
+        if share.first or share.last:
+            _load_ends(held, file, model, backend, share.first, share.last)
     return held
 
 

@@ -81,11 +81,11 @@ class Stage:
     """One rank's part in its stage. Every method named after a kind takes the op, and returns a
     Handle where something is left in flight."""
 
-    def __init__(self, model: ModelConfig, world: World, held: Holdings, limits: Limits, transport: str,
+    def __init__(self, model: ModelConfig, world: World, held: Holdings, limits: Limits,
                  works: list[Work], batcher: Batcher | None, record: RankRecord):
         self.model, self.world, self.held, self.limits = model, world, held, limits
         self.works, self.batcher, self.record = works, batcher, record
-        self.transport = exchange.TRANSPORTS[transport]
+        self.transport = exchange.TRANSPORTS[world.transport]
         self.row = exchange.row_type(model.d, np.float32)
         layers, experts = record.layers, record.experts
         self.layers, self.experts = layers, experts

@@ -61,15 +61,18 @@ class World:
     lanes: one communicator per lane over the ranks of the stage, ordered by place; pipe: the
     replica's ranks, ordered by stage and place. node_r: node number of each place of the stage.
     leaders: the places that lead, the same number in every stage; leader: this rank's place among
-    them, or None. counterpart: the rank in `pipe` of this leader's fellow in each stage.
+    them, or None; counterpart: the rank in `pipe` of this leader's fellow in each stage. transport:
+    the name of the one chosen for rows.
     """
 
     def __init__(self, comm, layout: Layout, lanes: int):
         self.comm, self.layout = comm, layout
         self.rank = comm.rank
+        self.transport = ""
         self.here = layout.place(comm.rank)
         self.hosts = node_names(comm)
-        self.node_of_rank = [sorted(set(self.hosts), key=self.hosts.index).index(h) for h in self.hosts]
+        number = {host: node for node, host in enumerate(dict.fromkeys(self.hosts))}
+        self.node_of_rank = [number[host] for host in self.hosts]
         self.pipe = comm.Split(self.here.dp, comm.rank)
         stage = self.pipe.Split(self.here.stage, self.here.place)
         self.lanes = [stage] + [stage.Dup() for _ in range(lanes - 1)]
