@@ -7,8 +7,8 @@ What was measured here and shapes this file (oneDNN 3.2, one thread):
 - On CPUs with AVX2 alone, a matmul primitive does not use packed weights; an inner product does.
   With AVX-512 and more both do.
 - The AVX2 inner product has two regimes, with a border between 80 and 84 rows, and the one for few
-  rows is the faster one also when many rows are cut into slabs. Within it a row's result does not
-  depend on how many rows come with it, to the bit.
+  rows is the faster one also when many rows are cut into slabs. Within it a row's result mostly does
+  not depend, to the bit, on how many rows come with it (it does for some widths, such as 1000).
 - Beyond about 2048 columns its rows fall out of the L2 cache (14,336 columns: 24 instead of 78
   GFLOP/s at 64 rows), hence the cut of k into parts that are summed.
 - A primitive belongs to one number of rows, and costs 0.3 ms to make, against 1 ms to 15 ms for a run
