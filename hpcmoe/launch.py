@@ -33,8 +33,10 @@ GRACE_S = 1.5          # how long a signalled main thread may take to end by its
 TEXT_BYTES = 2048      # of a message, when ranks compare theirs
 
 # line: the communicator on which failures are told; claim, first: whether this rank prints
-# for its node; ending: the exit code, once this rank fails: from then on a signal ends it without a word
-_state: dict = {"line": None, "claim": None, "first": False, "lock": threading.Lock(), "ending": None}
+# for its node; ending: the exit code, once this rank fails: from then on a signal ends it without a word;
+# signalled_s: when the signal came that ends this rank
+_state: dict = {"line": None, "claim": None, "first": False, "lock": threading.Lock(),
+                "ending": None, "signalled_s": None}
 
 
 class Terminated(BaseException):
@@ -256,8 +258,12 @@ def _watch_signals() -> None:
     Python's handlers run between Python instructions only. The wake-up pipe is written at once.
     """
     def raise_it(number, frame):
-        if _state["ending"] is not None:
-            os._exit(_state["ending"])
+        if _state["signalled_s"] is None and _state["ending"] is None:
+            _state["signalled_s"] = time.monotonic()
+        elif _state["signalled_s"] is None or time.monotonic() > _state["signalled_s"] + GRACE_S:
+            os._exit(_state["ending"] or EXIT_FAILED)
+        else:  # MPICH's mpiexec sends SIGINT to a rank and again to its group
+            return
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     read, write = os.pipe()
@@ -267,7 +273,7 @@ def _watch_signals() -> None:
         number = 0
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(read, 1)[0]
-        if _state["ending"] is not None:
+        if _state["ending"] is not None and _state["signalled_s"] is None:
             os._exit(_state["ending"])
         code, text = describe(KeyboardInterrupt() if number == signal.SIGINT else Terminated())
         if env_rank(os.environ) == 0:
