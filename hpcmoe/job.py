@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hpcmoe import linear, memory
-from hpcmoe.config import JobConfig, ModelConfig, to_dict
+from hpcmoe.config import JobConfig, ModelConfig
 from hpcmoe.data.outputs import Result, output_text, write_outputs
 from hpcmoe.data.loadfile import write_load
 from hpcmoe.data.requests import Request, read_requests, synthetic_requests
@@ -69,8 +69,6 @@ def run(comm, job: JobConfig, failure_point, started_s: float) -> int:
     session = Session(comm, shared, mine, failure_point, say)
     session.load()
     results = session.execute(started_s)
-    if comm.rank:
-        return on_root(comm, lambda: None) or EXIT_OK
     return on_root(comm, session.write, results)
 
 

@@ -23,7 +23,6 @@ import functools
 import importlib.metadata
 import os
 import threading
-from collections import OrderedDict
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 
 ENV = "HPCMOE_ONEDNN"

@@ -1,7 +1,6 @@
 """Continuous batching against its promises, with a made-up model that answers at random."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings, strategies as st
 
 from hpcmoe.parallel.batch import NONE, SAMPLED, SCORED, Batch, Batcher, Work, header_size

@@ -3,10 +3,9 @@
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given, settings, strategies as st
 
-from hpcmoe.config import AttentionConfig, RouterConfig
+from hpcmoe.config import RouterConfig
 from hpcmoe.model.attention import Segments, attend
 from hpcmoe.model.dense import Rope, inverse_frequencies, layer_norm, rms_norm
 from hpcmoe.model.kvcache import KVCache, bytes_per_sequence

@@ -7,7 +7,6 @@ fault is a `Malformed`: the line becomes an error row, and the other lines run.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -9,7 +9,6 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from hpcmoe.data import schema
 from hpcmoe.data.checkpoint import DTYPES, Checkpoint, Tensor
 from hpcmoe.data.weights_write import Header, WeightsWriter
 from hpcmoe.errors import UserError

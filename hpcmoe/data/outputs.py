@@ -19,7 +19,6 @@ import numpy as np
 
 from hpcmoe.data.requests import Request
 from hpcmoe.files import replacing
-from hpcmoe.errors import UserError
 
 OUTPUTS = "outputs.jsonl"
 SCORES = "scores.h5"

@@ -15,7 +15,7 @@ from hpcmoe.data.schema import Unit
 from hpcmoe.data.weights import WeightsFile
 from hpcmoe.errors import UserError
 from hpcmoe.model.dtypes import to_fp32
-from hpcmoe.model.tensors import dense_shapes, expert_shapes, parameters, top_shapes
+from hpcmoe.model.tensors import expert_shapes, parameters, top_shapes
 
 CHUNK = 1 << 20  # elements widened at a time
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hpcmoe.errors import UserError
+from hpcmoe.report.record import KINDS
 
-KINDS = ("RECV", "ATTEND", "GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE", "REDUCE", "SEND", "SAMPLE")
 COLLECTIVES = ("COUNTS", "DISPATCH", "COMBINE")  # all ranks of a stage post them, in one order per lane
 EXPERT_KINDS = ("COUNTS", "DISPATCH", "EXPERT", "COMBINE")  # what a rank that is no leader does
 

@@ -81,10 +81,11 @@ def build(name: str, stages: int, layers: int, micros: int, lanes: int = 1) -> S
     lanes = 1 if name == "plain" else min(lanes, micros)
     programs = {}
     for stage in range(stages):
-        ops = _stage_ops(stages, stage, share(layers, stages, stage), micros, lanes)
-        experts = [op for op in ops if op.kind in EXPERT_KINDS]
-        programs[Role(stage, True)] = tuple(Step(op, _needs(op, stage, stages, share(layers, stages, stage), lanes, micros, True)) for op in ops)
-        programs[Role(stage, False)] = tuple(Step(op, _needs(op, stage, stages, share(layers, stages, stage), lanes, micros, False)) for op in experts)
+        own = share(layers, stages, stage)
+        ops = _stage_ops(stages, stage, own, micros, lanes)
+        for leader in (True, False):
+            programs[Role(stage, leader)] = tuple(Step(op, _needs(op, stages, own, lanes, micros, leader))
+                                                  for op in ops if leader or op.kind in EXPERT_KINDS)
     return Schedule(name, stages, layers, micros, lanes, programs)
 
 
@@ -122,7 +123,7 @@ def _layer_ops(layer: int, first_layer: int, group: range) -> list[Op]:
     return ops
 
 
-def _needs(op: Op, stage: int, stages: int, layers: range, lanes: int, micros: int, leader: bool) -> tuple[Op, ...]:
+def _needs(op: Op, stages: int, layers: range, lanes: int, micros: int, leader: bool) -> tuple[Op, ...]:
     kind, layer, m = op
     before = {"GATE": "ATTEND", "DISPATCH": "COUNTS", "EXPERT": "DISPATCH", "COMBINE": "EXPERT", "MERGE": "COMBINE"}
     if kind in before:

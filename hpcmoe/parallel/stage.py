@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +63,6 @@ class Micro:
     normed_td: Any = None
     weight_tk: Any = None
     route: Route | None = None
-    counts_out: Any = None
     counts_in: Any = None
     n_recv_re: Any = None
     plan: Plan | None = None
@@ -176,7 +175,6 @@ class Stage:
             out[:, self.most_experts] = micro.batch.alive
         if self.batcher:
             out[:, -2:] = len(self.batcher.finished), self.batcher.tokens_out
-        micro.counts_out = out
         if self.size == 1:
             micro.counts_in = out
             return None

@@ -5,6 +5,8 @@ Letters: t rows, n outputs, k inputs; in a gated unit d inputs and f hidden outp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from hpcmoe.errors import UserError
@@ -12,22 +14,22 @@ from hpcmoe.errors import UserError
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-class Linear:
+class Linear(ABC):
     """y [t, n] = x [t, k] W^T + b. `nbytes`: of the weight as it is owned."""
 
     n: int
     k: int
     nbytes: int
 
+    @abstractmethod
     def __call__(self, x_tk, out=None):
         """fp32 rows for fp32 rows, any number of them; rows of uint16 are read as bf16.
 
         out: where to put y, contiguous fp32 [t, n]; ValueError for any other.
         """
-        raise NotImplementedError
 
 
-class Backend:
+class Backend(ABC):
     """What makes products: name, version of its library, dtype of its inputs, threads it uses."""
 
     name: str
@@ -35,13 +37,13 @@ class Backend:
     dtype: str
     threads: int
 
+    @abstractmethod
     def linear(self, weight_nk, bias_n=None) -> Linear:
         """Owns a weight as checkpoints store it: fp32, fp16, or bf16 bits in uint16; the source may go afterwards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def glu(self, gate_fd, up_fd, act: str = "silu") -> Linear:
         """The gated unit h [t, f] = act(x W_gate^T) * (x W_up^T); act: silu, gelu, gelu_tanh or relu."""
-        raise NotImplementedError
 
     def expert(self, gate_fd, up_fd, down_df, act: str = "silu") -> Linear:
         """A whole gated expert, y [t, d] = h W_down^T of the unit above."""
