@@ -105,17 +105,21 @@ class ModelConfig:
 # ---------------------------------------------------------------- the job
 TASKS = ("generate", "score", "throughput")
 SCHEDULES = ("overlapped", "plain")
-TRANSPORTS = ("auto", "ialltoallv", "pairwise", "staged")
-DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "gpu")
+DISPATCH = ("auto", "fp8")
+OVER_CAPACITY = ("reroute", "drop")
+TRANSPORTS = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class WeightsJob:
-    """file: HDF5 weights; dtype: arithmetic of the products; backend: auto, numpy, onednn;
+    """file: HDF5 weights; dtype: inputs of the products: fp32 or bf16 on a CPU, fp16 or bf16 on a GPU, auto: fp32,
+    on a GPU the file's own, or bf16; backend of a CPU: auto, numpy, onednn;
     verify: check the checksum of every tensor that a rank reads (a few percent of the load time)."""
 
     file: str = ""
-    dtype: str = "fp32"
+    dtype: str = "auto"
     backend: str = "auto"
     verify: bool = True
 
@@ -141,13 +145,17 @@ class OutputJob:
 @dataclass(frozen=True)
 class LayoutJob:
     """Replicas x stages x expert places x tensor shards; 0: chosen for the number of ranks.
-    leaders: "all", "node" or a number per stage."""
+    leaders: "all", "node" or a number per stage. placement: file of `hpcmoe place` that says which rank
+    holds which expert ("": in order). replicas: spare slots of each layer, which hold copies of experts (0 with
+    ep > experts: one slot per place)."""
 
     dp: int = 0
     pp: int = 0
     ep: int = 0
     tp: int = 1
     leaders: str = "all"
+    placement: str = ""
+    replicas: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,11 +163,19 @@ class RunJob:
     """How the work is cut and moved.
 
     micro_batches: in flight per replica (0: stages x lanes); lanes: micro-batches interleaved on a
-    stage by the overlapped schedule (0: chosen for the device); batch_tokens: token rows of one step of one micro-batch, over all
+    stage by the overlapped schedule (0: by a trial, see parallel/lanes.py); batch_tokens: token rows of one step of one micro-batch, over all
     leaders; prefill_chunk: prompt tokens of one sequence in one step, at most; max_sequences:
     sequences in flight in a replica (0: chosen); context: longest prompt + output (0: what the
     requests need); memory_gb: memory for one rank's KV cache (0: what is free);
-    stall_s: end the job when an awaited message makes no progress for so long.
+    stall_s: end the job when a rank that others wait for gives no answer, or stands still (watch.py).
+    device: cpu, gpu, or auto: a GPU where CuPy sees one. The rest is for GPUs: graphs: replay the launches of
+    decode steps as CUDA graphs; gpu_memory_fraction: of a GPU's memory, for all of this job on it; page_tokens:
+    tokens of one page of the KV cache. dispatch_dtype: fp8: rows travel to their experts as e4m3 with a
+    scale each, on any device; auto: as they are. routing_statistics: count which experts tokens choose
+    together and write routing.h5, for `hpcmoe place`. rebalance_every: look at the load every so many steps, and
+    move copies of experts where that pays (0: never). rebalance_gb_per_s: what moving weights is reckoned with (0: measured).
+    capacity_factor: at most ceil(factor x tokens x top_k / experts) rows per expert of a leader's micro-batch (0: no limit);
+    over_capacity: reroute or drop what is beyond (model.capacity). It changes results; on CPUs.
     """
 
     schedule: str = "overlapped"
@@ -171,7 +187,17 @@ class RunJob:
     max_sequences: int = 0
     context: int = 0
     memory_gb: float = 0.0
-    stall_s: float = 600.0
+    stall_s: float = 60.0
+    device: str = "auto"
+    graphs: bool = True
+    gpu_memory_fraction: float = 0.9
+    page_tokens: int = 64
+    dispatch_dtype: str = "auto"
+    routing_statistics: bool = False
+    rebalance_every: int = 0
+    rebalance_gb_per_s: float = 0.0
+    capacity_factor: float = 0.0
+    over_capacity: str = "reroute"
 
 
 @dataclass(frozen=True)
@@ -234,12 +260,12 @@ def from_dict(cls, data: Any, where: str, prefix: str = ""):
 
 
 def _convert(kind, value, where: str, name: str):
+    if isinstance(kind, types.UnionType):  # X | None: a key that may be left out
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value, where, name + ".")
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise at(where, name, value, "a list of integers")
+        return _converted_list(typing.get_args(kind)[0], value, where, name)
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and name == "layout.leaders" and type(value) is int:
@@ -249,6 +275,17 @@ def _convert(kind, value, where: str, name: str):
                  dict: "a table"}
         raise at(where, name, value, words.get(kind, str(kind)))
     return value
+
+
+def _converted_list(item, value, where: str, name: str) -> tuple:
+    """A tuple of numbers, or of dataclasses, of a list; item: what each of its values is."""
+    if dataclasses.is_dataclass(item):
+        if isinstance(value, (list, tuple)) and all(isinstance(v, dict) for v in value):
+            return tuple(from_dict(item, v, where, f"{name}[{i}].") for i, v in enumerate(value))
+        raise at(where, name, value, f"a list of tables: [[{name}]]")
+    if isinstance(value, (list, tuple)) and all(type(v) in (item, int) for v in value):
+        return tuple(item(v) for v in value)
+    raise at(where, name, value, "a list of integers" if item is int else "a list of numbers")
 
 
 def to_dict(config) -> dict:

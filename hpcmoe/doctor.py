@@ -12,12 +12,12 @@ import json
 import os
 import platform
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hpcmoe.environment import AloneError, env_rank, launched_size, node_name
+from hpcmoe import device
+from hpcmoe.environment import AloneError, env_rank, launched_size, local_rank, node_name
 from hpcmoe.errors import EXIT_OK, EXIT_USER, UserError
 from hpcmoe.launch import start_mpi, vendor_name
 
@@ -32,11 +32,12 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, what was found, and the problem ("" for none) that keeps a run from starting."""
+    """One line: what was looked at, what was found, the problem that keeps a run from starting, a warning; "" for none."""
 
     name: str
     value: str
     problem: str = ""
+    warning: str = ""
 
 
 def add_parser(subparsers) -> None:
@@ -51,32 +52,35 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Looks, prints on rank 0, and returns EXIT_OK or EXIT_USER, the same on every rank."""
-    checks, comm, alone = [], None, None
+    checks, MPI, comm = [], None, None
     try:
+        device.early_context(local_rank(os.environ), os.environ)
         MPI = start_mpi()
-        comm = MPI.COMM_WORLD
-        checks += mpi_checks(MPI)
+        from hpcmoe.parallel.watched import Watched
+        comm = Watched(MPI.COMM_WORLD)
+        checks += mpi_checks(MPI, comm)
     except AloneError as error:
-        alone = error
         if env_rank(os.environ):
             raise  # the first of these lonely processes prints for all
         checks.append(Check("MPI", "does not fit the launcher", str(error)))
     except UserError as error:
         checks.append(Check("MPI", "none", str(error)))
-    every = [local_facts()] if comm is None or alone else comm.gather(local_facts())
+    facts = local_facts()
+    more, line, transports = gpu_part(MPI, comm)
+    mine = facts | {check.name: check for check in more}, line
+    every = [mine] if comm is None else comm.gather(mine)
     if comm is None or comm.rank == 0:
-        checks += merge(every)
-        report(checks, args.json)
+        checks += transport_checks(transports) + merge([facts for facts, _ in every])
+        report(checks, args.json, transports, [{"rank": rank, **line} for rank, (_, line) in enumerate(every) if line])
     problems = any(check.problem for check in checks)
-    if comm is not None and not alone:
+    if comm is not None:
         problems = comm.bcast(problems)
     return EXIT_USER if problems else EXIT_OK
 
 
 # ---------------------------------------------------------------- MPI
-def mpi_checks(MPI) -> list[Check]:
-    """Library, thread level, launcher, ranks per node, transports. Collective over the world."""
-    comm = MPI.COMM_WORLD
+def mpi_checks(MPI, comm) -> list[Check]:
+    """Library, thread level, launcher, ranks per node. Collective over comm, of all ranks."""
     levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
               MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple"}
     numbers = ".".join(str(number) for number in MPI.get_vendor()[1])
@@ -88,7 +92,7 @@ def mpi_checks(MPI) -> list[Check]:
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
     sharing = comm.allgather(shared.size)
     shared.Free()
-    checks = [
+    return [
         Check("MPI", f"{vendor_name(MPI)} {numbers}, MPI {'.'.join(map(str, MPI.Get_version()))}"),
         Check("threads in MPI", levels[MPI.Query_thread()]),
         Check("launcher", launched.source if launched else "none (one process)"),
@@ -97,18 +101,28 @@ def mpi_checks(MPI) -> list[Check]:
         Check("ranks sharing memory", _span(sharing)),
         Check("cores per rank", f"{cores[worst] / nodes[worst]:.3g} ({cores[worst]} for {nodes[worst]} on {worst})"),
     ]
-    return checks + _transports(comm)
 
 
-def _transports(comm) -> list[Check]:
-    from hpcmoe.parallel.exchange import self_test
-    begin = time.perf_counter()
-    tested = self_test(comm)
-    seconds = time.perf_counter() - begin
-    good = [name for name, fault in tested.items() if not fault]
-    checks = [Check("transports", f"{', '.join(good) or 'none'} (tested on {comm.size} rank{'s' * (comm.size > 1)} in {seconds:.2f} s)",
-                    "" if good else "no transport passes its self-test")]
-    return checks + [Check(f"transport {name}", f"fails: {fault}") for name, fault in tested.items() if fault]
+def gpu_part(MPI, comm) -> tuple[list[Check], dict, dict[str, dict[str, str]]]:
+    """(checks, this rank's line of the table of GPUs, faults of the transports). Collective over comm.
+
+    comm None: a process without MPI; its transports are {}. The line is {} without a GPU.
+    """
+    from hpcmoe import doctor_gpu
+    choice, checks = doctor_gpu.choose(comm)
+    gpu, more = doctor_gpu.open_gpu(choice)
+    line = {"host": node_name(os.environ), **doctor_gpu.row(choice, gpu)} if choice else {}
+    if comm is None:
+        return checks + more, line, {}
+    return checks + more + [doctor_gpu.mpi_check(MPI)], line, doctor_gpu.transports(comm, gpu)
+
+
+def transport_checks(transports: dict[str, dict[str, str]]) -> list[Check]:
+    """Whether any transport can be used; none for a process without MPI."""
+    if not transports:
+        return []
+    good = [name for name, faults in transports.items() if not faults["host"]]
+    return [Check("transports", ", ".join(good) or "none", "" if good else "no transport passes its self-test")]
 
 
 # ---------------------------------------------------------------- this process
@@ -188,12 +202,8 @@ def _files() -> list[Check]:
 
 
 def _gpus() -> list[Check]:
-    from hpcmoe import device
-    cupy, reason = device.cupy_status()
-    if cupy is None:
-        return [Check("GPUs", f"none ({reason})")]
-    counts = Counter(device.gpus())
-    return [Check("GPUs", ", ".join(f"{count} x {name}" for name, count in counts.items()) + f", CuPy {cupy.__version__}")]
+    from hpcmoe import doctor_gpu
+    return doctor_gpu.checks()
 
 
 def _imports(name: str) -> bool:
@@ -224,13 +234,14 @@ def merge(every: list[dict[str, Check]]) -> list[Check]:
         values = list(dict.fromkeys(check.value for check in found))
         ranks = [next(rank for rank, check in enumerate(found) if check.value == value) for value in values]
         value, problem = values[0], next((check.problem for check in found if check.problem), "")
+        warning = next((check.warning for check in found if check.warning), "")
         if len(values) > 1 and name == "memory":  # ranks look one after the other
             value = min(values, key=lambda text: float(text.split()[-3]))
         elif len(values) > 1:
             value = "; ".join(f"rank {rank}: {text}" for rank, text in list(zip(ranks, values))[:4]) + "; ..." * (len(values) > 4)
             if name in SAME:
                 problem = problem or f"{name} differs between ranks"
-        merged.append(Check(name, value, problem))
+        merged.append(Check(name, value, problem, warning))
     return merged
 
 
@@ -239,15 +250,29 @@ def _span(numbers: list[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def report(checks: list[Check], as_json: bool) -> None:
-    """Prints the table, or one JSON object {"ok", "checks": [{"name", "value", "problem"}]}."""
+def report(checks: list[Check], as_json: bool, transports: dict[str, dict[str, str]], gpus: list[dict]) -> None:
+    """Prints tables, or one JSON object {"ok", "checks": [{"name", "value", "problem", "warning"}],
+    "transports": {name: {"host", "device"}} (faults, "" for a pass), "gpus": [a line per rank]}."""
     problems = [check for check in checks if check.problem]
     if as_json:
-        print(json.dumps({"ok": not problems, "checks": [asdict(check) for check in checks]}, indent=1))
+        print(json.dumps({"ok": not problems, "checks": [asdict(check) for check in checks], "transports": transports,
+                          "gpus": gpus}, indent=1))
         return
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{check.name:<{width}}  {check.value}")
+    if transports:
+        print(f"\n{'transport':<12}  {'host buffers':<14}  device buffers")
+        for name, faults in transports.items():
+            print(f"{name:<12}  {faults['host'] or 'pass':<14}  {faults['device'] or 'pass'}")
+    if gpus:
+        print(f"\n{'rank':>4}  {'host':<16}  {'memory, free':<16}  capability  GPU")
+        for line in gpus:
+            memory = f"{line['memory_gb']}, {line['free_gb']} GB"
+            print(f"{line['rank']:>4}  {line['host']:<16}  {memory:<16}  {line['capability']:<10}  {line['name']}, {line['gpu']}")
+    for check in checks:
+        if check.warning:
+            print(f"\nWARNING, {check.name}: {check.warning}")
     for check in problems:
         print(f"\nPROBLEM, {check.name}: {check.problem}")
     print("\nA run could start here." if not problems else "\nA run could not start here.")

@@ -64,7 +64,7 @@ def launcher(env: Mapping[str, str]) -> str | None:
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
     text = env.get(name, "") if name else ""
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def launched_size(env: Mapping[str, str]) -> Launched | None:
@@ -114,7 +114,7 @@ def tasks_per_node(text: str) -> list[int]:
     for part in text.split(","):
         count, _, repeat = part.partition("(x")
         repeat = repeat.rstrip(")") or "1"
-        if not (count.isdigit() and repeat.isdigit()):
+        if not (count.isdecimal() and repeat.isdecimal()):
             return []
         counts += [int(count)] * int(repeat)
     return counts

@@ -7,8 +7,9 @@ import platform
 
 from mpi4py import MPI
 
+from hpcmoe import placing
 from hpcmoe.config import to_dict
-from hpcmoe.device import gpus
+from hpcmoe.parallel.replay import predicted_bubble
 
 
 def version(name: str) -> str:
@@ -36,13 +37,15 @@ def job_facts(session, failed: int) -> dict:
         "layout_reason": session.shared.why,
         "leaders": f"{layout.leaders} ({len(session.world.leaders)} per stage)",
         "schedule": {"name": session.schedule.name, "micro_batches": session.limits.micros, "lanes": session.limits.lanes},
+        "lane_trial": session.lane_trial and session.lane_trial._asdict(),
         "transport": session.world.transport,
         "sequences_at_once": session.limits.slots * session.limits.micros * len(session.world.leaders) * layout.dp,
         "context_tokens": session.limits.context,
-        "dtype": session.backend.dtype,
-        "threads": session.backend.threads,
-        "linear": {"backend": session.backend.name, "version": session.backend.version},
-        "gpus": gpus(),
+        "dtype": session.machine.dtype,
+        "threads": session.machine.threads,
+        "linear": dict(zip(("backend", "version"), session.machine.library)),
+        "gpus": [record.device for record in session.records] if session.machine.device.kind == "gpu" else [],
+        "gpu_work": session.compute.launched(),
         "mpi": mpi_facts(),
         "versions": {"hpcmoe": version("hpcmoe"), "python": platform.python_version(), "numpy": version("numpy"),
                      "mpi4py": version("mpi4py"), "h5py": version("h5py")},
@@ -51,5 +54,7 @@ def job_facts(session, failed: int) -> dict:
         "startup_s": session.startup_s,
         "weights_file_bytes": session.file_bytes,
         "errors": failed,
+        "bubble_predicted_share": predicted_bubble(session.schedule, session.records),
+        "placement": placing.placement_facts(job, session.shared.placement, layout, session.world.node_of_rank),
         "config": to_dict(job),
     }

@@ -1,14 +1,31 @@
-"""Files that are whole under their name or not there at all."""
+"""Files that are whole under their name or not there at all; and TOML."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import sys
 import tempfile
+from pathlib import Path
 from typing import Iterator
 
 from hpcmoe.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(path: str | os.PathLike) -> dict:
+    """The content of a TOML file. Raises UserError where it cannot be read, or is none."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from error
 
 
 def check_folder(dir) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import math
 
-from hpcmoe.config import DTYPES, SCHEDULES, TASKS, TRANSPORTS, JobConfig, from_dict
+from hpcmoe.config import DEVICES, DISPATCH, DTYPES, OVER_CAPACITY, SCHEDULES, TASKS, TRANSPORTS, JobConfig, from_dict
 from hpcmoe.errors import UserError, at
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from hpcmoe.files import read_toml, tomllib
 
 
 def read_job(path: str | None, sets: list[str]) -> JobConfig:
@@ -19,21 +14,12 @@ def read_job(path: str | None, sets: list[str]) -> JobConfig:
 
     Paths in the file are relative to the current folder. Raises UserError naming file, key and value.
     """
-    data = _read(path) if path else {}
+    data = read_toml(path) if path else {}
     for text in sets:
         _set(data, text)
     job = from_dict(JobConfig, data, path or "--set")
     _check(job, path or "--set")
     return job
-
-
-def _read(path: str) -> dict:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from error
 
 
 def _set(data: dict, text: str) -> None:
@@ -55,13 +41,15 @@ def _set(data: dict, text: str) -> None:
 def _check(job: JobConfig, where: str) -> None:
     run, sampling, batch = job.run, job.sampling, job.throughput
     words = {"task": (job.task, TASKS), "run.schedule": (run.schedule, SCHEDULES),
-             "run.transport": (run.transport, TRANSPORTS), "weights.dtype": (job.weights.dtype, DTYPES)}
+             "run.transport": (run.transport, TRANSPORTS), "weights.dtype": (job.weights.dtype, DTYPES),
+             "run.device": (run.device, DEVICES), "run.dispatch_dtype": (run.dispatch_dtype, DISPATCH),
+             "run.over_capacity": (run.over_capacity, OVER_CAPACITY)}
     for name, (value, allowed) in words.items():
         if value not in allowed:
             raise at(where, name, value, "one of " + ", ".join(allowed))
-    least = {"run.micro_batches": (run.micro_batches, 0), "run.lanes": (run.lanes, 0), "run.batch_tokens": (run.batch_tokens, 1),
-             "run.prefill_chunk": (run.prefill_chunk, 1), "run.max_sequences": (run.max_sequences, 0),
-             "run.context": (run.context, 0), "run.memory_gb": (run.memory_gb, 0), "run.stall_s": (run.stall_s, 0.001),
+    least = {"run.batch_tokens": (run.batch_tokens, 1), "run.prefill_chunk": (run.prefill_chunk, 1),
+             "run.max_sequences": (run.max_sequences, 0), "run.context": (run.context, 0),
+             "run.rebalance_every": (run.rebalance_every, 0), "run.rebalance_gb_per_s": (run.rebalance_gb_per_s, 0),
              "requests.limit": (job.requests.limit, 0), "sampling.max_tokens": (sampling.max_tokens, 1),
              "sampling.temperature": (sampling.temperature, 0), "sampling.top_k": (sampling.top_k, 0),
              "sampling.seed": (sampling.seed, 0), "throughput.sequences": (batch.sequences, 1),
@@ -69,6 +57,19 @@ def _check(job: JobConfig, where: str) -> None:
     for name, (value, low) in least.items():
         if not value >= low:
             raise at(where, name, value, f"a number >= {low}")
+    if run.page_tokens < 16 or run.page_tokens % 16:
+        raise at(where, "run.page_tokens", run.page_tokens, "a multiple of 16, at least 16")
+    if not 0 <= run.capacity_factor < math.inf:
+        raise at(where, "run.capacity_factor", run.capacity_factor, "a number > 0, or 0 for no limit")
+    if not 0 < run.gpu_memory_fraction <= 1:
+        raise at(where, "run.gpu_memory_fraction", run.gpu_memory_fraction, "a number in (0, 1]")
+    spans = {"run.lanes": (run.lanes, 0, 64), "run.micro_batches": (run.micro_batches, 0, 1024),  # MPI has some 2,000 communicators
+             "run.memory_gb": (run.memory_gb, 0, 10**6), "run.stall_s": (run.stall_s, 1, 10**6)}
+    for name, (value, low, high) in spans.items():
+        if not low <= value <= high:
+            raise at(where, name, value, f"a number from {low} to {high}")
+    if not job.output.dir:
+        raise at(where, "output.dir", "", "a folder")
     if not 0 < sampling.top_p <= 1:
         raise at(where, "sampling.top_p", sampling.top_p, "a number in (0, 1]")
     if not job.weights.file:

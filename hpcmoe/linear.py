@@ -38,11 +38,12 @@ def _unavailable(dtype: str) -> str:
 def choose(name: str = "auto", dtype: str = "fp32") -> Backend:
     """The backend of that name; "auto": oneDNN where it can be used, else NumPy.
 
-    dtype: the arithmetic's inputs, "fp32" or "bf16" (sums are fp32 in both). UserError with the
+    dtype: the arithmetic's inputs, "fp32" (also for "auto") or "bf16" (sums are fp32 in both). UserError with the
     reason where name or dtype cannot be had on this machine.
     """
     if name not in ("auto", *NAMES):
         raise UserError(f"backend = {name!r}: expected one of auto, {', '.join(NAMES)}")
+    dtype = "fp32" if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)} on a CPU")
     if name == "numpy" or (name == "auto" and dtype == "fp32" and _unavailable("fp32")):

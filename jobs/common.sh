@@ -213,6 +213,14 @@ hm_run() { # start N ranks with mpiexec: hm_run N COMMAND...
   "$HM_MPIEXEC" "${flags[@]}" -n "$ranks" "$@"
 }
 
+hm_gpus() { # what ranks see of the GPUs of a Slurm job, by GPU_BIND: all, or a value of srun --gpu-bind
+  [ -n "${SLURM_GPUS_PER_TASK:-}" ] || return 0
+  if [ "$GPU_BIND" != all ]; then export SLURM_GPU_BIND=$GPU_BIND; return; fi
+  # GPUs asked for by the task are bound to tasks, and below mpiexec each daemon counts as one task.
+  export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+}
+
 hm_srun() { # start N ranks as a Slurm job step: hm_srun N COMMAND...
   local ranks=$1 type=${MPI_TYPE:-}
   shift
@@ -224,11 +232,39 @@ hm_srun() { # start N ranks as a Slurm job step: hm_srun N COMMAND...
   srun -K --mpi="$type" -n "$ranks" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@"
 }
 
+hm_children() { # the processes whose parent is $1
+  local stat fields pid parent
+  for stat in /proc/[0-9]*/stat; do
+    fields=$(cat "$stat" 2>/dev/null) || continue
+    read -r pid _ <<<"$fields"
+    read -r _ parent _ <<<"${fields##*)}"
+    [ "$parent" != "$1" ] || echo "$pid"
+  done
+}
+
+hm_end_launcher() { # hm_end_launcher OUT: wait for the report; what this shell still runs HM_END_S seconds later is ended
+  local waited=0 child
+  while [ "$waited" -lt "${HM_END_S:-60}" ]; do
+    sleep 1 >/dev/null 2>&1
+    kill -0 $$ 2>/dev/null || return
+    [ ! -s "$1/report.json" ] || waited=$((waited + 1))
+  done
+  hm_say "the run is complete, but its launcher did not end within $waited s: ending it"
+  for child in $(hm_children $$); do
+    [ "$child" = "$BASHPID" ] || kill "$child"
+  done
+}
+
 hm_checked() { # hm_checked OUT COMMAND...: success only if the command said so and the report is there
-  local out=$1 status=0
+  local out=$1 status=0 watcher
   shift
   rm -f "$out/report.json"
+  # Open MPI 5's mpirun may never notice that all ranks have ended: github.com/openpmix/prrte/issues/1839
+  hm_end_launcher "$out" &
+  watcher=$!
   "$@" || status=$?
+  kill "$watcher" 2>/dev/null || true
+  ! wait "$watcher" 2>/dev/null || status=0 # it was not we who ended the watcher: the launcher had hung
   # Launchers can end with 0 after ranks were lost; the report is written last, and renamed into place.
   if [ "$status" = 0 ] && [ ! -s "$out/report.json" ]; then
     hm_say "the launcher ended with status 0, but there is no $out/report.json"

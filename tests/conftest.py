@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `import mpi`
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+settings.register_profile("shared machine", deadline=None)  # an example that takes long says nothing where ranks share cores
+settings.load_profile("shared machine")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from mpi import run_ranks
+from mpi import run_ranks, started
 
 
 def job_config(weights, requests, out, task="generate", **run):
@@ -28,11 +28,10 @@ def write_prompts(path, prompts, **body) -> None:
 def run_local(config):
     """(results by request, Session) of a job run in this process, the only rank; session.seen_logits
     holds (rows of normed x, logits) of every call of the head, in order."""
-    from mpi4py import MPI
-
     from hpcmoe import job
-    prepared = job._prepare(config, 1)
-    session = job.Session(MPI.COMM_SELF, prepared, prepared, lambda step: None, lambda text: None)
+    from hpcmoe.prepare import prepare
+    prepared = prepare(config, 1)
+    session = job.Session(started().COMM_SELF, prepared, prepared, lambda step: None, lambda text: None)
     session.load()
     head, session.seen_logits = session.held.head, []
 
@@ -60,6 +59,11 @@ def run_job(ranks: int, folder, sets: dict, env=None, timeout=180, name="job", c
         rows = [json.loads(line) for line in file]
     with open(os.path.join(out, "report.json")) as file:
         return done, rows, json.load(file)
+
+
+def said(done) -> list[str]:
+    """What the program wrote to stderr; launchers add words of their own."""
+    return [line for line in done.err.splitlines() if line.startswith("hpcmoe:")]
 
 
 def choices(rows) -> list[dict]:

@@ -45,6 +45,14 @@ def vendor() -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def started():
+    """The module mpi4py.MPI, with MPI started in this process: a command that ran in it may have told mpi4py not to."""
+    from mpi4py import MPI
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
 def mpiexec(n: int) -> list[str]:
     """The command that starts n ranks, without the program."""
     program = Path(sys.prefix, "bin", "mpiexec")
@@ -58,8 +66,8 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """The environment of the ranks: without a launcher's leftovers, one BLAS thread each."""
     launchers = ("SLURM_", "PMI_", "PMIX_", "OMPI_COMM_WORLD", "HYD", "PRTE_LAUNCHED", "MPI_LOCAL")
     env = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
-    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONUNBUFFERED="1",
-               OMPI_MCA_mpi_yield_when_idle="1")
+    env.pop("PYTHONUNBUFFERED", None)  # would write a line in pieces, which lines of other ranks come between
+    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMPI_MCA_mpi_yield_when_idle="1")
     if os.getuid() == 0:
         for name in ("OMPI", "PRTE"):
             env.update({f"{name}_ALLOW_RUN_AS_ROOT": "1", f"{name}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
@@ -71,7 +79,9 @@ def start_ranks(n: int, program, env: dict[str, str] | None = None, cwd=None, **
     """Popen of n ranks in a process group of their own. program: arguments for Python, or a script's text."""
     if isinstance(program, str):
         program = ["-c", textwrap.dedent(program)]
-    return subprocess.Popen(mpiexec(n) + [sys.executable, *map(str, program)], env=environment(env), cwd=cwd or ROOT,
+    other = (env or {}).get("HPCMOE_TEST_MPIEXEC")  # the launcher of an MPI that is not the interpreter's (cuda/bed.py)
+    launcher = [*other.split(), "-n", str(n)] if other else mpiexec(n)
+    return subprocess.Popen(launcher + [sys.executable, *map(str, program)], env=environment(env), cwd=cwd or ROOT,
                             start_new_session=True, stdin=subprocess.DEVNULL, **popen)
 
 
@@ -107,12 +117,12 @@ def kill_group(process: subprocess.Popen) -> None:
 def descendants(pid: int) -> list[int]:
     """The processes below `pid`: launchers give their ranks process groups of their own."""
     parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = entry.read_text().rpartition(")")[2].split()
+            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it ended meanwhile
             continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+        parents.setdefault(int(fields[1]), []).append(int(entry))
     found, todo = [], [pid]
     while todo:
         below = parents.get(todo.pop(), [])

@@ -3,7 +3,8 @@
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from hpcmoe.parallel.batch import NONE, SAMPLED, SCORED, Batch, Batcher, Work, header_size
+from hpcmoe.compute.step import NONE, SAMPLED, SCORED, Batch, Work, header_size
+from hpcmoe.parallel.batch import Batcher
 from hpcmoe.parallel.plan import hand_out
 
 
@@ -50,13 +51,13 @@ def test_every_request_is_served_whole_whatever_the_sizes(seed, n, micros, slots
             break
     assert not alive and len(batcher.finished) == n
     for done in batcher.finished:
-        work, out = done.work, given_out[done.number]
+        work, out = done.work, given_out[done.work.index]
         assert done.output == out
         if score:
-            assert fed[done.number] == work.tokens.tolist() and done.finish == "score"
+            assert fed[done.work.index] == work.tokens.tolist() and done.finish == "score"
             assert np.concatenate(done.logprobs).tolist() == list(range(len(work.tokens) - 1))
         else:
-            assert fed[done.number] == work.tokens.tolist() + out[:-1]
+            assert fed[done.work.index] == work.tokens.tolist() + out[:-1]
             assert done.finish == ("stop" if out[-1] == 2 else "length")
             assert 2 not in out[:-1] and (len(out) == work.max_tokens or out[-1] == 2)
 

@@ -136,7 +136,7 @@ ROPE = st.dictionaries(st.sampled_from(["rope_type", "type", "rope_theta", "fact
                        JSON | st.sampled_from(["linear", "yarn", "llama3", "longrope", 4, [1.0] * 64]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(family=st.sampled_from(sorted(FAMILIES)), data=st.data())
 def test_any_configuration_gives_a_model_or_one_message(family, data):
     hf = base(family)

@@ -76,13 +76,6 @@ def test_a_rank_fails_in_mid_step(job, tmp_path, how, words, tracebacks):
     assert how != "kill" or "9" in done.out + done.err
 
 
-def test_a_rank_that_stops_is_noticed(job, tmp_path):
-    """No error reaches the others: a deadline on progress ends the job."""
-    out = tmp_path / "out"
-    done = run_ranks(4, arguments(job, out, "--set", "run.stall_s=2"), env={"HPCMOE_FAIL": "rank=3,step=2,how=hang"}, timeout=60)
-    failed(done, out, "no progress", "2", tracebacks=0)
-
-
 @pytest.mark.parametrize("how", ["Ctrl-C", "rank killed"])
 def test_ended_from_outside(tmp_path, how):
     """While the job runs: SIGINT to the launcher, SIGKILL to a rank."""

@@ -20,7 +20,7 @@ from hpcmoe.data.outputs import Result, write_outputs
 from hpcmoe.data.requests import Request, read_requests
 from hpcmoe.errors import UserError
 
-FUZZ = settings(max_examples=300, deadline=None, derandomize=True,
+FUZZ = settings(max_examples=120, deadline=None, derandomize=True,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SAMPLING = SamplingJob(max_tokens=8)
 # HDF5 is read in another process each time, which takes a third of a second
@@ -86,7 +86,7 @@ def test_any_json(folder, doc):
     run(folder / "r.jsonl", json.dumps(doc).encode(), "generate")
 
 
-@settings(FUZZ, max_examples=800)
+@settings(FUZZ, max_examples=200)
 @given(body=st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), json_values, max_size=3),
        prompt=st.booleans(), ascii=st.booleans(), task=st.sampled_from(["generate", "score"]))
 def test_any_value_in_any_field(folder, body, prompt, ascii, task):
@@ -123,7 +123,7 @@ def _mutate(data: bytes, changes, cut: int, insert: bytes) -> bytes:
     return bytes(made[:cut]) if cut < len(made) else bytes(made[:cut - len(made)]) + insert + bytes(made[cut - len(made):])
 
 
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=150)
 @given(data=mutated(VALID))
 def test_mutated_lines(folder, data):
     run(folder / "r.jsonl", data + b"\n" + VALID.replace(b"id-1", b"id-2"), "generate")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from local import choices
 from mpi import ROOT, environment
 from tiny import tiny_job
 
@@ -37,9 +40,48 @@ def test_syntax(script):
 
 def test_sbatch_scripts_have_the_same_options():
     options = [[line.split("=")[0] for line in (ROOT / "jobs" / name).read_text().splitlines() if "=${" in line and line[0] != " "]
-               for name in ("cpu_16.sbatch", "large_ep_64.sbatch", "mpirun.sh")]
-    assert options[0] == options[1] == ["JOB", "OUT", "RANKS", "LAYOUT", "LAUNCH", "MPI_TYPE", "export OMP_NUM_THREADS"]
-    assert options[2] == options[0][:4]
+               for name in ("cpu_16.sbatch", "large_ep_64.sbatch", "baseline_16.sbatch", "mpirun.sh")]
+    assert options[0] == ["JOB", "OUT", "RANKS", "LAYOUT", "LAUNCH", "MPI_TYPE", "export OMP_NUM_THREADS"]
+    assert options[1] == options[2] == options[0][:6] + ["HPCMOE_DEVICE", "MODULES", "GPU_BIND"] + options[0][6:]
+    assert options[3] == options[0][:4]
+
+
+def test_gpu_scripts_ask_for_as_many_tasks_as_they_start():
+    """Nodes x tasks per node, one GPU each, is the number of ranks, and of the layout's places."""
+    for name, ranks in (("large_ep_64.sbatch", 64), ("baseline_16.sbatch", 16)):
+        text = (ROOT / "jobs" / name).read_text()
+        asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
+        pp, ep, tp = (int(n or 1) for n in re.search(r'^LAYOUT=.*"pp=(\d+) ep=(\d+)(?: tp=(\d+))?"}', text, re.MULTILINE).groups())
+        assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == ranks == pp * ep * tp
+        assert asked["gpus-per-task"] == "1" and f"RANKS:-{ranks}" in text
+
+
+SEES = 'echo "$(env | grep -E "^SLURM_(GPU|TRES)" | grep -v ON_NODE | sort | tr "\n" " ")"'
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, ""),  # no GPUs were asked for
+    ({"SLURM_GPUS_PER_NODE": "4"}, "SLURM_GPUS_PER_NODE=4"),  # all ranks see them as it is
+    ({"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres/gpu:1", "SLURM_GPUS_ON_NODE": "4"}, "SLURM_GPUS_PER_NODE=4"),
+    ({"SLURM_GPUS_PER_TASK": "1", "GPU_BIND": "per_task:1"}, "SLURM_GPUS_PER_TASK=1 SLURM_GPU_BIND=per_task:1"),
+])
+def test_what_ranks_see_of_the_gpus(env, expected):
+    done = common(f"hm_gpus; {SEES}", **{"GPU_BIND": "all", **env})
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_modules_are_loaded(tmp_path):
+    """`module` is a shell function that may look at variables that are not set; what comes next needs no environment."""
+    for name in ("large_ep_64.sbatch", "baseline_16.sbatch"):
+        done = bash(f'module() {{ echo "module $* $UNSET"; }}; export -f module; MODULES="cuda mpi" bash jobs/{name}', SLURM_JOB_ID="1",
+                    HPCMOE_VENV=str(tmp_path / "none"))
+        assert done.stdout.strip() == "module load cuda mpi" and "bash jobs/setup.sh" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("extra", ["cuda11", "cuda12,cuda13", "-h"])
+def test_setup_refuses_other_extras(extra):
+    done = bash(f"bash jobs/setup.sh {extra}")
+    assert done.returncode == 1 and f"not '{extra}'" in done.stderr
 
 
 @pytest.mark.mpi
@@ -50,6 +92,21 @@ def test_mpirun(job, tmp_path, ranks, layout, expected):
     run = json.loads((tmp_path / "out" / "report.json").read_text())["run"]
     assert (run["layout"]["pp"], run["layout"]["ep"]) == expected
     assert run["threads"] == max(1, len(os.sched_getaffinity(0)) // int(ranks))
+
+
+@pytest.mark.mpi
+def test_the_papers_two_layouts_side_by_side(tmp_path):
+    """The same work in both: the same tokens, on 16 and 64 ranks, with what each sent per token."""
+    done = bash("bash jobs/compare_paper.sh", OUT=str(tmp_path), SEQUENCES="16", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("baseline", "proposal")}
+    assert runs["baseline"]["run"]["layout"] == {"dp": 1, "pp": 2, "ep": 1, "tp": 8} and runs["baseline"]["run"]["ranks"] == 16
+    assert runs["proposal"]["run"]["layout"] == {"dp": 1, "pp": 4, "ep": 16, "tp": 1} and runs["proposal"]["run"]["ranks"] == 64
+    assert len({r["total_num_tokens"] for r in runs.values()}) == 1
+    for words in ("parallel efficiency, output", "sent per token", "What it cannot show:\nspeed"):
+        assert words in done.stdout
+    texts = [[c["token_ids"] for c in choices(map(json.loads, open(tmp_path / name / "outputs.jsonl")))] for name in runs]
+    assert texts[0] == texts[1] and len(texts[0]) == 16
 
 
 @pytest.mark.mpi
@@ -69,6 +126,14 @@ def test_no_report_means_failure_whatever_the_launcher_says(tmp_path):
     assert not report.exists()
     assert common(f"hm_checked {tmp_path} sh -c 'echo {{}} >{report}'").returncode == 0
     assert common(f"hm_checked {tmp_path} sh -c 'echo {{}} >{report}; exit 3'").returncode == 3
+
+
+def test_a_launcher_that_does_not_end_is_ended(tmp_path):
+    """As Open MPI's mpirun now and then does after its ranks have ended."""
+    begin = time.monotonic()
+    done = common(f"export HM_END_S=1; hm_checked {tmp_path} sh -c 'echo {{}} >{tmp_path}/report.json; exec sleep 100'")
+    assert done.returncode == 0 and "its launcher did not end within 1 s" in done.stderr
+    assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize("ranks", ["0", "x", "-4", "1.5"])

@@ -240,20 +240,20 @@ def test_a_reader_that_has_had_enough(tmp_path):
     assert done.stdout == "line 0\n" and done.stderr == ""
 
 
-@pytest.mark.parametrize("text", ["rank=x", "rank", "rank=1,step=two"])
+@pytest.mark.parametrize("text", ["rank=x", "rank", "rank=1,step=two", "rank=1,how=explode", "ranks=1"])
 def test_failure_point_refuses_nonsense(text, monkeypatch):
-    from hpcmoe import launch
+    from hpcmoe import failing
     from hpcmoe.errors import UserError
     monkeypatch.setenv("HPCMOE_FAIL", text)
     with pytest.raises(UserError, match="HPCMOE_FAIL"):
-        launch.failure_point(0)
+        failing.failure_point(0)
 
 
 def test_failure_point(monkeypatch):
-    from hpcmoe import launch
+    from hpcmoe import failing
     monkeypatch.setenv("HPCMOE_FAIL", "rank=1,step=2,how=memory")
-    launch.failure_point(0)(2)
-    point = launch.failure_point(1)
+    failing.failure_point(0)(2)
+    point = failing.failure_point(1)
     point(1)
     with pytest.raises(MemoryError):
         point(2)

@@ -359,3 +359,29 @@ def test_weights_on_a_device():
         h_tf = backend.glu(cupy.asarray(weight_nk), cupy.asarray(weight_nk), act)(cupy.asarray(x_tk)).get()
         gate = x_tk.astype(float) @ weight_nk.T
         np.testing.assert_allclose(h_tf, closed(gate) * gate, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- weights that travel
+@pytest.mark.parametrize("name, dtype", [("numpy", "fp32"), ("onednn", "fp32"), ("onednn", "bf16")])
+@pytest.mark.parametrize("d, f", [(32, 24), (40, 5000)])
+def test_weights_written_over_a_clones_make_the_other_expert(name, dtype, d, f):
+    """The bytes of one expert in the memory of a clone of another: the same results, bit by bit, and nobody else's change."""
+    from hpcmoe.config import ExpertConfig
+    from hpcmoe.model.experts import Expert, pattern
+    try:
+        backend = linear.choose(name, dtype)
+    except UserError as error:
+        pytest.skip(str(error))
+    rng = np.random.default_rng(1)
+    shapes = {"gate": (f, d), "up": (f, d), "down": (d, f)}
+    one, other = (Expert(ExpertConfig(f), backend, {n: rng.normal(0, 0.1, s).astype(np.float32) for n, s in shapes.items()}) for _ in range(2))
+    x_id = rng.normal(0, 1, (7, d)).astype(np.float32)
+    before, want = one(x_id), other(x_id)
+    spare, clone = pattern(ExpertConfig(f), backend, shapes), one.clone()
+    np.testing.assert_array_equal(clone(x_id), before)
+    for target in (spare, clone):
+        for a, b in zip(target.weights(), other.weights(), strict=True):
+            a[:] = b
+        np.testing.assert_array_equal(target(x_id), want)
+        assert target.nbytes == sum(w.nbytes for w in target.weights())
+    np.testing.assert_array_equal(one(x_id), before)

@@ -10,7 +10,7 @@ from hpcmoe.model.attention import Segments, attend
 from hpcmoe.model.dense import Rope, inverse_frequencies, layer_norm, rms_norm
 from hpcmoe.model.kvcache import KVCache, bytes_per_sequence
 from hpcmoe.model.router import gate, softmax, top_k
-from hpcmoe.parallel.route import by_expert, merge, route
+from hpcmoe.model.route import by_expert, merge, route
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,34 +21,40 @@ from hpcmoe.report.expert_load import expert_load
 from hpcmoe.files import replacing
 from hpcmoe.report.metrics import metrics, prefill_and_decode_s
 from hpcmoe.report.reading import read_report
-from hpcmoe.report.record import KINDS, MOVES, RankRecord, RequestTimes, StepRow
+from hpcmoe.report.record import KINDS, MOVES, RankRecord, Rebalancing, RequestTimes, Seated, StepRow
 
 DOCS = Path(__file__).parent.parent / "docs" / "report.md"
 FACTS = {
     "task": "generate", "layout": {"dp": 1, "pp": 1, "ep": 2, "tp": 1}, "leaders": "all",
     "layout_reason": "one expert per rank", "sequences_at_once": 64, "context_tokens": 256,
-    "schedule": {"name": "overlapped", "micro_batches": 2, "lanes": 2}, "gpus": [],
+    "schedule": {"name": "overlapped", "micro_batches": 2, "lanes": 2}, "gpus": [], "gpu_work": {"kernels": 0, "products": 0, "graph_replays": 0},
     "transport": "pairwise", "dtype": "fp32", "threads": 1,
     "linear": {"backend": "numpy", "version": "2"},
     "mpi": {"vendor": "MPICH", "version": "5", "threads": "multiple"},
     "versions": {"hpcmoe": "0", "python": "3", "numpy": "2", "h5py": "3", "mpi4py": "4"},
     "model": {"file": "m.h5", "family": "mixtral", "layers": 1, "experts": 3, "top_k": 2,
               "d": 8, "f": 16, "vocab": 32},
-    "startup_s": 1.5, "weights_file_bytes": 1000, "errors": 1, "config": asdict(JobConfig()),
+    "lane_trial": {"rows": 8, "layers": 2, "one_lane_s": 0.25, "two_lanes_s": 0.125},
+    "startup_s": 1.5, "weights_file_bytes": 1000, "errors": 1, "bubble_predicted_share": 0.05, "config": asdict(JobConfig()),
 }
+
+PLACED = FACTS | {"placement": {"file": "p.json", "top_k": 2, "expert_of_slot": [[2, 0, 1]], "predicted": [
+    {"flat_between_nodes": 0.75, "flat_busiest_link": 0.5, "hierarchical_between_nodes": 0.5, "hierarchical_busiest_link": 0.25,
+     "busiest_rank": 1.5}]}}
 
 
 def rank_record(rank, stage=0, place=0, **fields) -> RankRecord:
     values = dict(rank=rank, host=f"node{rank // 2}", node=rank // 2, dp=0, stage=stage,
-                  place=place, leader=True, layers=[stage], experts=[place])
+                  place=place, leader=True, layers=[stage], slots=[place])
     return RankRecord(**(values | fields))
 
 
 def two_ranks() -> list[RankRecord]:
     """A run of 10 s whose every figure can be worked out by hand."""
     first = rank_record(
-        0, experts=[0, 2], run_s=10.0, busy_s={"ATTEND": 2.0, "GATE": 0.5, "EXPERT": 4.0},
+        0, slots=[0, 2], run_s=10.0, busy_s={"ATTEND": 2.0, "GATE": 0.5, "EXPERT": 4.0},
         wait_s={"COUNTS": 0.5, "DISPATCH": 1.0, "COMBINE": 0.5, "RECV": 0.25},
+        post_s={"COUNTS": 0.125, "DISPATCH": 0.25, "SAMPLE": 7.0},
         steps=[StepRow(0, 0, 0.0, 2.0, 30, 0), StepRow(1, 0, 2.0, 4.0, 10, 10),
                StepRow(2, 0, 4.0, 8.0, 0, 20)],
         requests=[RequestTimes(1, 30, 3, 1.0, 3.0, 7.0), RequestTimes(2, 10, 1, 0.0, 2.0, 2.0)],
@@ -126,16 +132,22 @@ def test_phases_and_communication():
     report = metrics(two_ranks(), FACTS)
     phases, comm = report["phases"], report["communication"]
     assert phases["attention"] == {"mean_s": 1.5, "min_s": 1.0, "max_s": 2.0, "share": 0.15,
-                                   "busy_s": 1.5, "wait_s": 0.0}
+                                   "busy_s": 1.5, "wait_s": 0.0, "gpu_s": 0.0}
     assert phases["counts"]["mean_s"] == 1.75 and phases["counts"]["wait_s"] == 1.75
     # rank 0: 0.25 s of RECV and 10 - 8.75 s unaccounted; rank 1: 10 - 7 s
     assert phases["idle"]["min_s"] == pytest.approx(1.5)
     assert phases["idle"]["max_s"] == pytest.approx(3.0)
     assert phases["recv"]["mean_s"] == 0
     assert sum(p["share"] for p in phases.values()) == pytest.approx(1)
-    assert comm["exposed_min_s"] == 2.0 and comm["exposed_max_s"] == 4.0
-    assert comm["exposed_share"] == pytest.approx(0.3)
-    assert comm["bubble_share"] == pytest.approx(0.0125)
+    # rank 0: 2 s of waiting (RECV's is the bubble) and 0.125 + 0.25 s of posting (SAMPLE's is none of it); rank 1: 4 s of waiting
+    assert comm["exposed_comm_min_s"] == 2.375 and comm["exposed_comm_max_s"] == 4.0 and comm["exposed_comm_s"] == 6.375
+    assert comm["exposed_wait_mean_s"] == 3.0 and comm["exposed_post_mean_s"] == 0.1875
+    assert comm["exposed_comm_share"] == pytest.approx(0.31875)
+    assert [r["exposed_comm_s"] for r in report["per_rank"]] == [2.375, 4.0]
+    assert [r["exposed_post_s"] for r in report["per_rank"]] == [0.375, 0.0]
+    # rank 0 waits 0.25 s for another stage, rank 1 ends 1 s before its replica
+    assert comm["bubble_s"] == pytest.approx(0.625) and comm["bubble_share"] == pytest.approx(0.0625)
+    assert comm["bubble_predicted_share"] == 0.05
     assert comm["expert_share_of_moe"] == pytest.approx(6 / 12.5)
     assert report["compute"]["expert_gflop_per_s_per_rank"] == pytest.approx(2.0)
 
@@ -145,8 +157,8 @@ def test_bubble_and_exposure_of_leaders_only():
     records[1].leader = False
     comm = metrics(records, FACTS)["communication"]
     assert comm["bubble_s"] == 0.25
-    assert comm["exposed_leaders_share"] == pytest.approx(0.2)
-    assert comm["exposed_share"] == pytest.approx(0.3)
+    assert comm["exposed_comm_leaders_share"] == pytest.approx(0.2375)
+    assert comm["exposed_comm_share"] == pytest.approx(0.31875)
 
 
 def test_traffic_memory_loading():
@@ -253,7 +265,7 @@ def runs(draw):
         steps = [StepRow(i, 0, i * 1.0, i + 1.0, int(rng.integers(5)), int(rng.integers(5)))
                  for i in range(rounds)]
         records.append(rank_record(
-            rank, dp=draw(st.integers(0, 1)), layers=list(range(layers)), experts=held,
+            rank, dp=draw(st.integers(0, 1)), layers=list(range(layers)), slots=held,
             run_s=sum(busy.values()) + sum(wait.values()) + draw(seconds), busy_s=busy,
             wait_s=wait, requests=requests, steps=steps,
             rows_intra={kind: int(rng.integers(99)) for kind in MOVES},
@@ -290,10 +302,10 @@ def test_expert_load_equals_a_plain_loop(records):
     load = expert_load(records)
     for layer in load["layers"]:
         counts = {}  # (replica, round, expert) -> rows
-        experts = sorted({e for r in records if r.load.size for e in r.experts})
+        experts = sorted({e for r in records if r.load.size for e in r.slots})
         for r in records:
-            for step, expert in itertools.product(range(len(r.load)), range(len(r.experts))):
-                key = (r.dp, step, r.experts[expert])
+            for step, expert in itertools.product(range(len(r.load)), range(len(r.slots))):
+                key = (r.dp, step, r.slots[expert])
                 counts[key] = counts.get(key, 0) + int(r.load[step, layer["layer"], expert])
         totals = [sum(n for key, n in counts.items() if key[2] == e) for e in experts]
         assert layer["rows_per_expert"] == totals
@@ -305,13 +317,27 @@ def test_expert_load_equals_a_plain_loop(records):
         assert layer["max_over_mean_steps"] == pytest.approx(sum(ratios) / len(ratios))
 
 
+def test_rows_of_copies_count_for_their_expert_whatever_slot_they_were_in():
+    """Two places; slot 1 of rank 0 holds a copy of expert 2 in step 0, of expert 0 from step 1 on; a step of rank 0 without rows."""
+    first = rank_record(0, slots=[0, 1], load=np.array([[[4, 1]], [[1, 1]], [[0, 0]]]),
+                        seated=[Seated(0, np.array([[0, 2]])), Seated(1, np.array([[0, 0]]))])
+    second = rank_record(1, place=1, slots=[2, 3], load=np.array([[[2, 1]], [[3, 1]], [[0, 0]]]), seated=[Seated(0, np.array([[1, 2]]))])
+    layer, = expert_load([second, first])["layers"]
+    assert layer["rows_per_expert"] == [6, 5, 3] and layer["copies_per_expert"] == [2, 1, 1]
+    assert layer["max_over_mean_steps"] == pytest.approx((4 * 3 / 8 + 3 * 3 / 6) / 2)
+    assert layer["balancedness_run"] == pytest.approx(7 / 7) and layer["rank_max_over_mean_run"] == pytest.approx(1)
+    assert layer["balancedness_steps"] == pytest.approx((4 / 5 + 3 / 4) / 2)
+    report = metrics([first, second], FACTS)["per_rank"]
+    assert [r["experts"] for r in report] == [[[0, 0]], [[1, 2]]] and [r["slots"] for r in report] == [[0, 1], [2, 3]]
+
+
 # ---------------------------------------------------------------- the table
 def big_run(ranks: int = 64, layers: int = 48) -> list[RankRecord]:
     rng = np.random.default_rng(0)
     records = []
     for rank in range(ranks):
         record = rank_record(
-            rank, place=rank, layers=list(range(layers)), experts=[rank], run_s=1234.5,
+            rank, place=rank, layers=list(range(layers)), slots=[rank], run_s=1234.5,
             busy_s={k: 50.0 for k in KINDS}, wait_s={k: 1.25 for k in KINDS},
             load=rng.integers(1, 9, (3, layers, 1)), weights_bytes=70 << 30, bytes_read=70 << 30)
         for name in ("rows_own", "rows_intra", "rows_inter", "bytes_intra", "bytes_inter"):
@@ -339,7 +365,8 @@ def test_table_says_what_the_report_says():
     assert rows["TPOT"] == ["2,000"] * 4
     assert rows["expert"][:3] == ["30.0", "%", "3.000"]
     assert rows["layer 0"] == ["16", "8", "5.333", "1.500", "1.750", "0"]
-    assert "exposed communication 30.0 %" in text and "MPICH 5" in text
+    assert "lanes 2 (MoE layers on one lane 0.2500 s, on two 0.1250 s)" in " ".join(text.split())
+    assert "exposed communication 31.9 % (waiting 3.000 s, posting 0.1875 s per rank)" in " ".join(text.split()) and "MPICH 5" in text
     assert "800 B read by a rank, 1.2 KiB by all = 1.20 x the file" in " ".join(text.split())
 
 
@@ -527,16 +554,86 @@ def test_sub_command(tmp_path, capsys):
     assert done.value.code == 0 and "hpcmoe report hpcmoe-out" in capsys.readouterr().out
 
 
+def test_a_placement_beside_its_prediction():
+    """8 tokens; two nodes; experts by their own numbers."""
+    first, second = two_ranks()
+    first.layer_inter = {("DISPATCH", 0): 5, ("COMBINE", 0): 7, ("SEND", 0): 99}
+    second.layer_inter, second.node = {("DISPATCH", 0): 3, ("COMBINE", 0): 1}, 1
+    first.seated, second.seated = [Seated(0, np.array([[2, 1]]))], [Seated(0, np.array([[0]]))]
+    report = metrics([second, first], PLACED)
+    assert report["placement"]["layers"] == [{
+        "layer": 0, "tokens": 8, "rows_between_nodes": 8, "rows_between_nodes_predicted": 6.0, "rows_busiest_link": 7,
+        "rows_busiest_link_predicted": 4.0, "rows_busiest_rank": 8, "rows_busiest_rank_predicted": 12.0}]
+    load, = report["expert_load"]["layers"]
+    assert load["rows_per_expert"] == [8, 2, 6] and load["busiest_expert"] == 0
+    assert "6 / 8" in table.render(report) and "12 / 8" in table.render(report)
+    hierarchical = metrics([first, second], PLACED | {"transport": "hierarchical"})["placement"]
+    assert hierarchical["exchange"] == "hierarchical" and hierarchical["layers"][0]["rows_between_nodes_predicted"] == 4.0
+    elsewhere = metrics([first, second], PLACED | {"placement": PLACED["placement"] | {"predicted": None}})
+    assert elsewhere["placement"]["layers"][0]["rows_busiest_link_predicted"] is None and "- / 7" in table.render(elsewhere)
+    replicas = metrics([first, replace(second, dp=1)], PLACED)["placement"]["layers"][0]
+    assert replicas["rows_busiest_link"] == 8  # the first node of each replica
+
+
 # ---------------------------------------------------------------- the docs
+def rebalanced() -> list[RankRecord]:
+    """Layer 0 took other seats after step 1: window 0 to 1; another time decided, but the run was over before."""
+    first, second = two_ranks()
+    first.rebalancings = [Rebalancing(0, 0, 1, 2.0, 1, 96, 1.5, 1.25, 0.5, 0.25, 1, 4.5), Rebalancing(0, 1, 3, 9.0, 1, 96, 2.0, 1.0, 1.0, 0.0)]
+    second.load = np.array([[[8]], [[1]], [[0]]])
+    return [first, second]
+
+
+SIMULATED = {"cluster": "pretend", "cluster_file": "p.toml", "calibration": "a core", "calibration_source": "measured", "load": "uniform",
+             "warnings": [], "gpu_s_per_million_output_tokens": 1235.0, "memory_bytes": 2**30, "memory_used_max_bytes": 2**29,
+             "busiest_link": {"kind": "port in", "number": 3, "nbytes": 1e6, "busy_s": 2.5, "busy_share": 0.25}}
+REBALANCED = PLACED | {"simulated": SIMULATED, "config": {"run": {"rebalance_every": 1, "capacity_factor": 1.5, "over_capacity": "reroute"}}}
+
+
+def test_rows_that_a_capacity_factor_turned_away_are_counted():
+    """By layer over all leaders; tokens of a placement are those that the router saw, with or without rows."""
+    first, second = two_ranks()
+    first.over_capacity, second.over_capacity = {0: [3, 1], 1: [0, 0]}, {0: [2, 3]}
+    assert metrics([first, second], REBALANCED)["capacity"] == {
+        "capacity_factor": 1.5, "over_capacity": "reroute", "changes_results": True, "rerouted_rows": 5, "dropped_rows": 4, "layers": [
+            {"layer": 0, "rerouted_rows": 5, "dropped_rows": 4}, {"layer": 1, "rerouted_rows": 0, "dropped_rows": 0}]}
+    assert "1.500 changes results: 5 rows rerouted, 4 dropped" in table.render(metrics([first, second], REBALANCED))
+    assert "capacity" not in metrics([first, second], PLACED)
+    before, after = (metrics(records, PLACED)["placement"]["layers"][0]["tokens"] for records in (two_ranks(), [first, second]))
+    assert after == before + 4 // PLACED["placement"]["top_k"]
+
+
+def test_a_simulation_says_so():
+    assert "SIMULATED" not in table.render(metrics(two_ranks(), FACTS))
+    text = " ".join(table.render(metrics(two_ranks(), FACTS | {"simulated": SIMULATED})).split())
+    for words in ("SIMULATED on pretend; kernels as calibrated on a core; load of experts: uniform", "busiest link: port in 3, 25.0 % of the time",
+                  "1,235 rank-seconds per million output tokens", "memory of a rank: 512.0 MiB of 1.0 GiB"):
+        assert words in text, words
+
+
+def test_a_rebalancing_beside_what_came_of_it():
+    assert "rebalancing" not in metrics(two_ranks(), PLACED)
+    report = metrics(rebalanced(), REBALANCED)
+    made, late = report["rebalancing"]
+    line, = [line.split() for line in table.render(report).split("Rebalancing")[1].splitlines()[1:2]]
+    assert line == ["layer", "0", "1", "1", "96", "B", "1.500", "->", "1.250", "1.333", "->", "1.600"]
+    assert made == {"dp": 0, "stage": 0, "shard": 0, "layer": 0, "window_first_step": 0, "decided_step": 1, "switch_step": 1, "experts_moved": 1,
+                    "moved_bytes": 96, "expected_gain_s": 0.5, "expected_cost_s": 0.25, "decision_to_switch_s": 2.5,
+                    "heaviest_over_mean_before": pytest.approx(8 / 6), "heaviest_over_mean_before_predicted": 1.5,
+                    "heaviest_over_mean_after_predicted": 1.25, "heaviest_over_mean_after": pytest.approx(4 / 2.5)}
+    assert late["switch_step"] is late["decision_to_switch_s"] is late["heaviest_over_mean_after"] is None
+    assert late["heaviest_over_mean_before"] == pytest.approx(4 / 2.5)
+
+
 def test_docs_list_every_figure():
-    report = metrics(two_ranks(), FACTS)
+    report = metrics(rebalanced(), REBALANCED)
     assert not undocumented(report)
     assert undocumented(report | {"new_s": 1.0}) == {"new_s"}
 
 
 def test_docs_list_nothing_else():
     """Names in the first column of the docs' tables are in a report."""
-    names = {name for path, _ in leaves(metrics(two_ranks(), FACTS)) for name in path}
+    names = {name for path, _ in leaves(metrics(rebalanced(), REBALANCED)) for name in path}
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             for name in re.findall(r"`([a-z0-9_]+)`", line.split("|")[1]):

@@ -9,14 +9,15 @@ from hpcmoe.parallel.check import ScheduleError
 from hpcmoe.parallel.ops import Op, Step
 from hpcmoe.parallel.schedule import Role, Schedule, build, parse
 
-SHAPES = st.tuples(st.sampled_from(["plain", "overlapped"]), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
+SHAPES = st.tuples(st.sampled_from(["plain", "overlapped", "queued"]), st.integers(1, 5), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4),
+                   st.booleans())
 
 
 @given(SHAPES)
 @settings(deadline=None, max_examples=60)
 def test_every_schedule_passes_the_checker_and_is_its_text(shape):
-    name, stages, more, micros, lanes = shape
-    built = build(name, stages, stages + more - 1, micros, lanes)
+    name, stages, more, micros, lanes, shards = shape
+    built = build(name, stages, stages + more - 1, micros, lanes, shards)
     check.check(built)
     assert parse(str(built)) == built
 
@@ -24,11 +25,12 @@ def test_every_schedule_passes_the_checker_and_is_its_text(shape):
 @given(SHAPES)
 @settings(deadline=None, max_examples=40)
 def test_each_micro_batch_passes_each_layer_once_in_order(shape):
-    name, stages, more, micros, lanes = shape
+    name, stages, more, micros, lanes, shards = shape
     layers = stages + more - 1
-    built = build(name, stages, layers, micros, lanes)
+    built = build(name, stages, layers, micros, lanes, shards)
+    sums = ("REDUCE_ATTEND", "REDUCE_MERGE") if shards else ()
     for micro in range(micros):
-        for kind in ("ATTEND", "GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE"):
+        for kind in ("ATTEND", "GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE", *sums):
             seen = [s.op.layer for stage in range(stages) for s in built.programs[Role(stage, True)] if s.op[::2] == (kind, micro)]
             assert seen == list(range(layers))
 
@@ -37,6 +39,17 @@ def test_the_plain_schedule_of_one_stage_reads_like_the_life_of_a_token():
     text = " ".join(str(step.op) for step in build("plain", 1, 2, 1).programs[Role(0, True)])
     assert text == ("RECV.0.0 ATTEND.0.0 GATE.0.0 COUNTS.0.0 DISPATCH.0.0 EXPERT.0.0 COMBINE.0.0 MERGE.0.0 "
                     "ATTEND.1.0 GATE.1.0 COUNTS.1.0 DISPATCH.1.0 EXPERT.1.0 COMBINE.1.0 MERGE.1.0 SAMPLE.1.0")
+
+
+def test_tensor_shards_sum_once_after_attention_and_once_after_the_experts():
+    text = " ".join(str(step.op) for step in build("plain", 1, 2, 1, shards=True).programs[Role(0, True)])
+    assert text == ("RECV.0.0 EMBED.0.0 ATTEND.0.0 REDUCE_ATTEND.0.0 GATE.0.0 COUNTS.0.0 DISPATCH.0.0 EXPERT.0.0 COMBINE.0.0 MERGE.0.0 "
+                    "REDUCE_MERGE.0.0 ATTEND.1.0 REDUCE_ATTEND.1.0 GATE.1.0 COUNTS.1.0 DISPATCH.1.0 EXPERT.1.0 COMBINE.1.0 MERGE.1.0 "
+                    "REDUCE_MERGE.1.0 SAMPLE.1.0")
+    order = [s.op for s in build("overlapped", 1, 3, 2, 2, shards=True).programs[Role(0, True)]]
+    for what, after in (("ATTEND", "GATE"), ("MERGE", "ATTEND")):  # a's sum travels behind b's part of the same
+        a, b = order.index(Op(f"REDUCE_{what}", 1, 0)), order.index(Op(after, 1 + (what == "MERGE"), 0))
+        assert Op(what, 1, 1) in order[a:b]
 
 
 def test_two_lanes_travel_behind_each_others_compute():
@@ -48,6 +61,14 @@ def test_two_lanes_travel_behind_each_others_compute():
         for micro in (0, 1):
             a, b = order.index(Op(kind, 1, micro)), order.index(Op(after, 1, micro))
             assert any(op.kind in compute and op.micro != micro for op in order[a:b]), (kind, micro)
+
+
+def test_a_lanes_dispatch_does_not_wait_for_the_other_lanes_rows():
+    """a's counts are there before b's rows are back: b's MERGE, which awaits those, stands behind a's DISPATCH."""
+    order = [s.op for s in build("overlapped", 1, 3, 3, 3).programs[Role(0, True)]]
+    for layer in (1, 2):
+        for micro in (0, 1):
+            assert order.index(Op("DISPATCH", layer, micro)) < order.index(Op("MERGE", layer - 1, micro + 1))
 
 
 GRID = """\
@@ -136,7 +157,7 @@ def test_a_deadlock_is_found_and_marked_in_the_grid():
 
 @pytest.mark.parametrize("arguments, words", [
     (("plain", 0, 4, 1), "stages"), (("plain", 5, 4, 1), "at most the 4 layers"), (("plain", 1, 4, 0), "micro_batches"),
-    (("plain", 1, 4, 1, 0), "lanes"), (("fast", 1, 4, 1), "plain or overlapped")])
+    (("plain", 1, 4, 1, 0), "lanes"), (("fast", 1, 4, 1), "plain, overlapped, queued")])
 def test_impossible_schedules_are_refused(arguments, words):
     with pytest.raises(UserError, match=words):
         build(*arguments)

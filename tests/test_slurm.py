@@ -1,4 +1,4 @@
-"""jobs/cpu_16.sbatch on a real Slurm, with this environment's MPI: srun, mpirun, and what goes wrong."""
+"""The sbatch scripts on a real Slurm, with this environment's MPI: srun, mpirun, GPUs that are not there, and what goes wrong."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def submit(slurm, tmp_path, job, script="jobs/cpu_16.sbatch", limit=150, **env) 
 def ours(log: str) -> list[str]:
     """The program's own messages of failure; progress and facts begin with other words."""
     return [line for line in log.splitlines() if line.startswith("hpcmoe: ") and
-            not line.startswith(("hpcmoe: layout dp", "hpcmoe: weights loaded", "hpcmoe: outputs"))]
+            not line.startswith(("hpcmoe: layout dp", "hpcmoe: exchange of", "hpcmoe: lanes for", "hpcmoe: weights loaded", "hpcmoe: outputs"))]
 
 
 @pytest.mark.parametrize("launch", ["srun", "mpirun"])
@@ -84,18 +84,54 @@ def test_a_job_completes(slurm, tmp_path, job, launch):
     assert ours(log) == []
 
 
-def test_64_ranks_in_four_stages(slurm, tmp_path, job):
-    """The GPU script, squeezed into 4 nodes: each rank finds no GPU behind the numbers that Slurm gives it."""
-    if vendor() != "MPICH":
+@pytest.mark.parametrize("script, options, layout", [
+    ("large_ep_64", "--nodes=4 --ntasks-per-node=16", {"dp": 1, "pp": 4, "ep": 16, "tp": 1}),
+    ("baseline_16", "", {"dp": 1, "pp": 2, "ep": 1, "tp": 8}),
+])
+def test_gpu_scripts(slurm, tmp_path, job, script, options, layout):
+    """On the 4 nodes here: each rank finds no GPU behind the numbers that Slurm gives it, and computes on a core."""
+    ranks = layout["pp"] * layout["ep"] * layout["tp"]
+    if vendor() != "MPICH" and ranks > 16:
         pytest.skip("64 ranks on Slurm are run with MPICH only")
-    gpus = "--gpus-per-node=16" if os.getuid() == 0 else "--gpus-per-node=0"
-    script = f"--nodes=4 --ntasks-per-node=16 --cpus-per-task=1 {gpus} jobs/large_ep_64.sbatch"
-    state, log, code = submit(slurm, tmp_path, job, script, limit=400)
+    gpus = "" if os.getuid() == 0 else "--gpus-per-task=0"
+    state, log, code = submit(slurm, tmp_path, job, f"{options} --cpus-per-task=1 {gpus} jobs/{script}.sbatch", limit=400)
     assert (state, code) == ("COMPLETED", "0:0"), log
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["run"]["layout"] == {"dp": 1, "pp": 4, "ep": 16, "tp": 1}
-    assert len(report["per_rank"]) == 64
+    assert report["run"]["layout"] == layout
+    assert report["config"]["run"]["device"] == "auto"
+    assert len(report["per_rank"]) == ranks
     assert ours(log) == []
+
+
+def test_a_gpu_that_is_not_there(slurm, tmp_path, job):
+    state, log, code = submit(slurm, tmp_path, job, "--cpus-per-task=1 jobs/baseline_16.sbatch", HPCMOE_DEVICE="gpu")
+    assert state == "FAILED" and code != "0:0"
+    assert len(ours(log)) == 1 and "run.device = 'gpu'" in ours(log)[0], log
+
+
+SHOW = """#!/bin/bash
+cd {root}; . jobs/common.sh; hm_find; hm_gpus
+for start in hm_srun hm_run; do
+  mkdir -p {out}/$start
+  HM_END_S=30 hm_checked {out}/$start $start 8 bash -c 'echo "$0 $(hostname) $CUDA_VISIBLE_DEVICES" | tee -a {out}/$1/report.json' $start $start
+done
+"""
+
+
+@pytest.mark.parametrize("bind, srun, mpirun", [("all", ["0,1"] * 8, ["0,1"] * 8), ("per_task:1", ["0", "1"] * 4, None)])
+def test_what_ranks_see(slurm, tmp_path, bind, srun, mpirun):
+    """Asked for by the task: all GPUs of the job on the node, by either starter; or each rank its own."""
+    if os.getuid():
+        pytest.skip("only root can make stand-ins for GPUs")
+    script = tmp_path / "show.sbatch"
+    script.write_text(SHOW.format(root=ROOT, out=tmp_path))
+    options = "--nodes=4 --ntasks-per-node=2 --gpus-per-task=1 --cpus-per-task=1"
+    _, log, _ = submit(slurm, tmp_path, "", f"{options} {script}", GPU_BIND=bind)
+    seen = [line.split() for line in log.splitlines() if line.startswith("hm_")]
+    assert sorted(words[2] for words in seen if words[0] == "hm_srun") == sorted(srun), log
+    if mpirun:
+        assert [words[2] for words in seen if words[0] == "hm_run"] == mpirun, log
+        assert len({words[1] for words in seen}) == 4
 
 
 @pytest.mark.parametrize("which", [0, 1])

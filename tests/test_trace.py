@@ -17,7 +17,7 @@ STAGES, PLACES, MICROS, STEPS = 3, 2, 2, 3
 
 def rank_record(rank, stage, place, leader=True) -> RankRecord:
     return RankRecord(rank, "host", 0, 0, stage, place, leader, layers=[2 * stage, 2 * stage + 1],
-                      experts=[place])
+                      slots=[place])
 
 
 def pipeline() -> list[RankRecord]:

@@ -302,7 +302,7 @@ def test_verify_names_checksums_nan_and_shapes(copy):
     assert "layers/2/v: 1 of 240 values are infinite" in problems[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_arrays_or_one_message(made, tmp_path_factory, data):
     """Random bytes are overwritten: where they are structure, the file is refused; values are values."""

@@ -189,3 +189,16 @@ def _write_scores(path: str, requests: list[Request], of: dict[int, Result], mod
         file.attrs["perplexity"] = perplexity_of([result for _, result in ran if result is not None])
     with open(path, "wb") as file:
         file.write(image.getbuffer())
+
+
+def show_texts(requests: list[Request], results: list[Result], tokenizer) -> None:
+    """Prompt and generated text of each request, on standard output."""
+    of = {result.index: result for result in results}
+    for r in requests:
+        if r.index not in of:
+            continue
+        if tokenizer is None:
+            prompt, text = r.tokens.tolist(), of[r.index].tokens.tolist()
+        else:
+            prompt, (text, _) = tokenizer.decode(r.tokens), output_text(r, of[r.index], tokenizer)
+        print(f"--- {r.custom_id or r.index}\n{prompt} >>>{text}\n")

@@ -28,6 +28,31 @@ def top_k(score_te, k: int):
     return chosen_tk
 
 
+def scores(logit_te, config: RouterConfig, bias_e=None):
+    """(score_te, choice_te) of logits, fp32: what weights are made of, and what experts are chosen by, -inf where they cannot
+    be. Not of SparseMixer."""
+    xp = xp_of(logit_te)
+    logit_te = logit_te.astype(np.float32, copy=False)
+    if config.score == "sigmoid":
+        score_te = 1.0 / (1.0 + xp.exp(-logit_te))
+    else:
+        score_te = softmax(logit_te) if config.over == "all" else logit_te
+    choice_te = score_te if bias_e is None else score_te + bias_e
+    return score_te, _best_groups(choice_te, config) if config.groups > 1 else choice_te
+
+
+def weights_beside(score_te, expert_tk, config: RouterConfig):
+    """What each expert would weigh beside the chosen ones, which keep their weights: fp32 [t, e]; of these, their weights."""
+    xp = xp_of(score_te)
+    chosen_tk = xp.take_along_axis(score_te, expert_tk, axis=1)
+    if config.score == "softmax" and config.over == "selected":
+        top_t = chosen_tk.max(axis=1, keepdims=True)
+        score_te = xp.exp(score_te - top_t) / xp.exp(chosen_tk - top_t).sum(axis=1, keepdims=True)
+    elif config.renormalise:
+        score_te = score_te / chosen_tk.sum(axis=1, keepdims=True)
+    return (score_te * np.float32(config.scale)).astype(np.float32)
+
+
 def gate(logit_te, config: RouterConfig, bias_e=None):
     """expert_tk int64 and weight_tk fp32 of router logits [t, e].
 
@@ -36,16 +61,9 @@ def gate(logit_te, config: RouterConfig, bias_e=None):
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); softmax over the selected: GPT-OSS model card.
     """
     xp = xp_of(logit_te)
-    logit_te = logit_te.astype(np.float32)
     if config.score == "sparsemixer":
-        return _sparsemixer(logit_te, config)
-    if config.score == "sigmoid":
-        score_te = 1.0 / (1.0 + xp.exp(-logit_te))
-    else:
-        score_te = softmax(logit_te) if config.over == "all" else logit_te
-    choice_te = score_te if bias_e is None else score_te + bias_e
-    if config.groups > 1:
-        choice_te = _best_groups(choice_te, config)
+        return _sparsemixer(logit_te.astype(np.float32), config)
+    score_te, choice_te = scores(logit_te, config, bias_e)
     expert_tk = top_k(choice_te, config.top_k)
     weight_tk = xp.take_along_axis(score_te, expert_tk, axis=1)
     if config.score == "softmax" and config.over == "selected":

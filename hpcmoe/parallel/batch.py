@@ -9,74 +9,49 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpcmoe.compute.step import FIELDS, NONE, SAMPLED, SCORED, Batch, Work
 from hpcmoe.model.attention import Segments
+from hpcmoe.parallel.plan import UNLIMITED, Room
 
-HEAD = 4  # alive, segments, rows, prefill rows
-FIELDS = 5  # per segment: slot, start, count, emit, request
-NONE, SAMPLED, SCORED = 0, 1, 2  # emit: nothing, the token after the last row, every row's next token
+if TYPE_CHECKING:  # it brings MPI, which a simulation does without
+    from hpcmoe.parallel.handout import Supply
+
+AHEAD = 3  # rounds that waiting requests should last: where all rounds are equally long, a question is answered within two
 
 
-class Batch(NamedTuple):
-    """One step of one micro-batch on one leader, as it travels from stage to stage.
+class Pages:
+    """The pages of a leader's KV cache that no sequence has; a page holds `tokens` tokens of every layer.
 
-    alive: the leader still has work. request_q: the sequence's number among the leader's requests.
+    A sequence takes the pages of its longest possible text when it is admitted, so that none can be
+    missing later, and gives them back when it ends.
     """
 
-    alive: bool
-    prefill_rows: int
-    segments: Segments
-    emit_q: np.ndarray
-    request_q: np.ndarray
+    def __init__(self, count: int, tokens: int):
+        self.tokens = tokens
+        self.free = list(range(count - 1, -1, -1))
 
-    @property
-    def rows(self) -> int:
-        return len(self.segments.slot_t)
+    def need(self, work: Work) -> int:
+        return -(-work.most_tokens // self.tokens)
 
-    def header(self) -> np.ndarray:
-        s = self.segments
-        body = np.stack([s.slot_q, s.start_q, s.count_q, self.emit_q, self.request_q], axis=1)
-        return np.concatenate([[self.alive, len(s.slot_q), self.rows, self.prefill_rows], body.reshape(-1)]).astype(np.int64)
-
-    @classmethod
-    def of(cls, header: np.ndarray) -> "Batch":
-        alive, segments, _, prefill = header[:HEAD]
-        slot_q, start_q, count_q, emit_q, request_q = header[HEAD:HEAD + FIELDS * segments].reshape(-1, FIELDS).T
-        return cls(bool(alive), int(prefill), Segments.of(slot_q, start_q, count_q), emit_q, request_q)
-
-
-def header_size(rows: int) -> int:
-    """Numbers in the header of a step of at most `rows` rows."""
-    return HEAD + FIELDS * rows
-
-
-class Work(NamedTuple):
-    """What a leader needs to know of one request; index is its place in the input."""
-
-    index: int
-    tokens: np.ndarray
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stop_ids: tuple[int, ...]
-    logprobs: bool
+    def take(self, count: int) -> list[int]:
+        return [self.free.pop() for _ in range(count)]
 
 
 class Sequence:
     """A request in a slot: how far its prompt is done, what was generated."""
 
-    def __init__(self, number: int, work: Work, slot: int, now: float):
-        self.number, self.work, self.slot = number, work, slot
+    def __init__(self, work: Work, slot: int, now: float):
+        self.work, self.slot = work, slot
         self.done = 0  # rows of prompt + output already in the cache
         self.output: list[int] = []
         self.logprobs: list = []
         self.admitted_s, self.first_token_s, self.end_s = now, 0.0, 0.0
         self.finish = ""
+        self.pages: list[int] = []
 
     def next_rows(self, limit: int) -> np.ndarray:
         """Token ids of the next rows: a prompt chunk, or the last sampled token."""
@@ -85,18 +60,32 @@ class Sequence:
             return prompt[self.done:self.done + limit]
         return np.array(self.output[-1:])
 
+    def given_after(self, count: int) -> list[int]:
+        """The text's own next token after each of so many next rows; -1 after its last."""
+        after = self.work.tokens[self.done + 1:self.done + 1 + count].tolist()
+        return after + [-1] * (count - len(after))
+
+    def turns(self, chunk: int, rounds: int) -> int:
+        """Requests like this one that its place can take within so many rounds; 0 where it may need all of them itself."""
+        rows, outputs = len(self.work.tokens), max(1, self.work.max_tokens)
+        steps = max(0, -(-(rows - self.done) // chunk)) + max(1, outputs - len(self.output))
+        return 0 if steps > rounds else max(1, rounds // (-(-rows // chunk) + outputs - 1))
+
 
 class Batcher:
     """Requests of one leader in `micros` micro-batches of `slots` slots each.
 
-    rows: most rows of a step; chunk: most prompt rows of one sequence in a step; score: texts
-    are scored, nothing is generated. clock: seconds since the start of the run.
+    works: its first ones; supply: where more come from, if any may. rows: most rows of a step; chunk: most prompt
+    rows of one sequence in a step; score: texts are scored, nothing is generated. clock: seconds since the start
+    of the run. pages: where the KV cache is paged, a sequence enters when all of its pages are free.
     """
 
-    def __init__(self, works: list[Work], micros: int, slots: int, rows: int, chunk: int, score: bool, clock=time.monotonic):
-        self.works, self.score, self.clock = works, score, clock
+    def __init__(self, works: list[Work], micros: int, slots: int, rows: int, chunk: int, score: bool, clock=time.monotonic,
+                 pages: Pages | None = None, supply: Supply | None = None):
+        self.pages, self.supply = pages, supply
+        self.score, self.clock = score, clock
         self.rows, self.chunk, self.slots = rows, chunk, slots
-        self.waiting = deque(range(len(works)))
+        self.waiting = deque(works)
         self.active: list[list[Sequence]] = [[] for _ in range(micros)]
         self.free = [list(range((m + 1) * slots - 1, m * slots - 1, -1)) for m in range(micros)]
         self.sent: list[list[tuple[Sequence, int]]] = [[] for _ in range(micros)]
@@ -107,14 +96,23 @@ class Batcher:
         self.tokens_out = 0
 
     @property
-    def alive(self) -> bool:
+    def busy(self) -> bool:
         return bool(self.waiting) or any(self.active)
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is work, or may be again."""
+        return self.busy or (self.supply is not None and self.supply.open)
 
     def build(self, micro: int) -> tuple[Batch, np.ndarray]:
         """The next step of a micro-batch and its rows' token ids [t]."""
-        while self.waiting and self.free[micro]:
-            number = self.waiting.popleft()
-            self.active[micro].append(Sequence(number, self.works[number], self.free[micro].pop(), self.clock()))
+        if self.supply:
+            self.waiting.extend(self.supply.take())
+        while self.waiting and self.free[micro] and self._has_pages(self.waiting[0]):
+            sequence = Sequence(self.waiting.popleft(), self.free[micro].pop(), self.clock())
+            if self.pages:
+                sequence.pages = self.pages.take(self.pages.need(sequence.work))
+            self.active[micro].append(sequence)
         sequences = self.active[micro]
         decoding = [s for s in sequences if s.done >= len(s.work.tokens)]
         left, parts, prefill = self.rows - len(decoding), [(s, s.next_rows(1)) for s in decoding], 0
@@ -125,16 +123,33 @@ class Batcher:
                 left -= len(tokens)
                 prefill += len(tokens)
         parts.sort(key=lambda part: part[0].slot)
-        table = np.array([(s.slot, s.done, len(tokens), self._emit(s, len(tokens)), s.number) for s, tokens in parts],
-                         dtype=np.int64).reshape(-1, FIELDS)
-        slot_q, start_q, count_q, emit_q, request_q = table.T
+        table = np.array([(s.slot, s.done, len(tokens), self._emit(s, len(tokens)), s.work.index,
+                           0 if s.done else len(s.pages)) for s, tokens in parts], dtype=np.int64).reshape(-1, FIELDS)
+        slot_q, start_q, count_q, emit_q, request_q, n_page_q = table.T
+        page_n = np.array([page for s, _ in parts if not s.done for page in s.pages], dtype=np.int64)
+        next_t = np.array([t for s, tokens in parts for t in s.given_after(len(tokens))] if self.score else [], dtype=np.int64)
         self.sent[micro] = [(s, int(emit)) for (s, _), emit in zip(parts, emit_q)]
         for s, tokens in parts:
             s.done += len(tokens)
         self.begun[micro] = (self.rounds[micro], micro, self.clock(), prefill, len(decoding))
         self.rounds[micro] += 1
         token_t = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, dtype=np.int64)
-        return Batch(self.alive, prefill, Segments.of(slot_q, start_q, count_q), emit_q, request_q), token_t
+        if self.supply and self.supply.may_ask:
+            self.supply.ask(self.room())
+        segments = Segments.of(slot_q, start_q, count_q)
+        return Batch(self.alive, prefill, segments, emit_q, request_q, n_page_q, page_n, next_t), token_t
+
+    def room(self) -> Room:
+        """What the places that are free, or will be within AHEAD rounds, can take beside the requests in waiting."""
+        turns = [(s, s.turns(self.chunk, AHEAD)) for sequences in self.active for s in sequences]
+        places = sum(map(len, self.free)) + sum(n for _, n in turns) - len(self.waiting)
+        if self.pages is None:
+            return Room(places, UNLIMITED)
+        pages = len(self.pages.free) + sum(n * len(s.pages) for s, n in turns) - sum(map(self.pages.need, self.waiting))
+        return Room(places, pages * self.pages.tokens)
+
+    def _has_pages(self, work: Work) -> bool:
+        return self.pages is None or self.pages.need(work) <= len(self.pages.free)
 
     def _emit(self, s: Sequence, count: int) -> int:
         if self.score:
@@ -163,6 +178,8 @@ class Batcher:
             s.end_s = now
             self.active[micro].remove(s)
             self.free[micro].append(s.slot)
+            if self.pages:
+                self.pages.free += s.pages
             self.finished.append(s)
 
     def _splits(self, micro: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from hpcmoe.parallel.ops import COLLECTIVES, Op
 from hpcmoe.parallel.schedule import Role, Schedule
 
 ROUNDS = 2
-LETTERS = {"ATTEND": "a", "GATE": "g", "COUNTS": "n", "DISPATCH": "d", "EXPERT": "e", "COMBINE": "c", "MERGE": "m",
-           "SEND": ">", "SAMPLE": "s"}
+LETTERS = {"EMBED": "b", "ATTEND": "a", "REDUCE_ATTEND": "+", "GATE": "g", "COUNTS": "n", "DISPATCH": "d", "EXPERT": "e",
+           "COMBINE": "c", "MERGE": "m", "REDUCE_MERGE": "*", "SEND": ">", "SAMPLE": "s"}
 
 
 class ScheduleError(Exception):
@@ -138,7 +138,7 @@ def timeline(schedule: Schedule, rounds: int = 1) -> list[tuple[Role, int, int, 
 
 def _start(schedule: Schedule, ready: dict, role: Role, rnd: int, op: Op, needs: tuple, now: int) -> int | None:
     """The tick at which an op can start, or None while what it needs is not known yet."""
-    if op.kind == "ATTEND" and needs[0].kind == "RECV":
+    if needs and needs[0].kind == "RECV":
         if role.stage:
             source = (Role(role.stage - 1, True), rnd, Op("SEND", schedule.layers_of(role.stage - 1)[-1], op.micro))
         else:
@@ -173,7 +173,7 @@ def draw(schedule: Schedule, cells: list) -> str:
     last = max((tick for row in rows.values() for tick in row), default=0)
     lines = [f"schedule {schedule.name}: {schedule.stages} stage(s), {schedule.layers} layers, {schedule.micros} "
              f"micro-batch(es), {schedule.lanes} lane(s); a column is one tick, a cell an op and its micro-batch",
-             "  ".join(f"{letter}={kind}" for kind, letter in LETTERS.items())]
+             "  ".join(f"{letter}={kind}" for kind, letter in LETTERS.items() if any(op.kind == kind for *_, op in cells))]
     for role, row in rows.items():
         busy = len(row) / (last + 1)
         line = "".join(row.get(tick, ".").ljust(width) for tick in range(last + 1)).rstrip()

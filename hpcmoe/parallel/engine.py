@@ -8,41 +8,50 @@ from typing import Callable
 
 import numpy as np
 
-from hpcmoe.parallel.exchange import Handle, Waiter
+from hpcmoe.doing import HERE
+from hpcmoe.parallel.handle import NOTHING, Handle, Waiter
 from hpcmoe.parallel.ops import Op, Step
 from hpcmoe.report.record import RankRecord, Span
+
 
 class Engine:
     """Runs a program until `more` says that no leader of the stage has work.
 
     program: this rank's steps; table: {kind: function of an op that returns a Handle or None};
     wait: how to await a handle; clock: seconds since the start of the run, aligned over ranks;
-    failure_point: called with each round's number (launch.failure_point).
+    failure_point: called with each round's number (failing.failure_point); aside: what goes on beside the program: driven
+    between ops and in waits, awaited by no op, only at the end.
     """
 
     def __init__(self, program: tuple[Step, ...], table: dict[str, Callable[[Op], Handle | None]], wait: Waiter,
                  record: RankRecord, clock: Callable[[], float], trace: bool,
-                 failure_point: Callable[[int], None]):
+                 failure_point: Callable[[int], None], aside: Callable[[], Handle] = lambda: NOTHING):
         self.program, self.table, self.wait = program, table, wait
         self.record, self.clock, self.trace, self.failure_point = record, clock, trace, failure_point
+        self.aside = aside
         self.pending: dict[Op, Handle] = {}
-        self.round = 0
+        self.round, self.at = 0, 0
 
     def run(self, more: Callable[[], bool], after_round: Callable[[int], None]) -> None:
         """Rounds until `more()` is false after one; `after_round(round)` is called after each."""
-        start = self.clock()
+        start, HERE.position = self.clock(), self.position
         while True:
             self.failure_point(self.round)
-            for step in self.program:
+            for self.at, step in enumerate(self.program):
                 self._do(step)
             after_round(self.round)
-            self.round += 1
+            self.round, self.at = self.round + 1, 0
             if not more():
                 break
-        for op, handle in self.pending.items():
-            self._await(op, handle)
-        self.pending.clear()
+        while self.pending:
+            op = next(iter(self.pending))
+            self._await(op, self.pending.pop(op))
+        self.wait(self.aside(), f"rank {self.record.rank}, after round {self.round}: rebalancing")
         self.record.run_s = self.clock() - start
+
+    def position(self) -> tuple[int, int, Op]:
+        """(round, number of the step in the program, its op), for the watch."""
+        return self.round, self.at, self.program[self.at].op
 
     def _do(self, step: Step) -> None:
         op = step.op
@@ -54,19 +63,31 @@ class Engine:
         handle = self.table[op.kind](op)
         self._note(op, start, False)
         if handle is not None:
+            _add(self.record.post_s, op.kind, handle.post_s)
+        for earlier, waiting in self.pending.items():  # what waited for the device, or for a hop, may have become ready to post
+            start = self.clock()
+            waiting.start()
+            seconds = self.clock() - start
+            _add(self.record.post_s, earlier.kind, seconds)
+            _add(self.record.busy_s, earlier.kind, seconds)
+        if handle is not None:
             self.pending[op] = handle
+        self.aside().start()
 
     def _await(self, op: Op, handle: Handle) -> None:
         start = self.clock()
-        self.wait(handle, f"rank {self.record.rank}, round {self.round}: {op}")
+        self.wait(handle, op, [*self.pending.values(), self.aside()])
         self._note(op, start, True)
 
     def _note(self, op: Op, start: float, wait: bool) -> None:
         end = self.clock()
-        seconds = self.record.wait_s if wait else self.record.busy_s
-        seconds[op.kind] = seconds.get(op.kind, 0.0) + end - start
+        _add(self.record.wait_s if wait else self.record.busy_s, op.kind, end - start)
         if self.trace:
             self.record.spans.append(Span(op.kind, op.layer, op.micro, self.round, start, end, wait))
+
+
+def _add(seconds: dict[str, float], kind: str, more: float) -> None:
+    seconds[kind] = seconds.get(kind, 0.0) + more
 
 
 def aligned_clock(comm) -> Callable[[], float]:

@@ -1,64 +1,25 @@
-"""Moving rows between the ranks of a stage: interchangeable transports, and the wait with a deadline.
+"""Moving rows between the ranks of a stage: interchangeable transports, on host or device buffers.
 
 Counts are in rows; a committed MPI datatype carries the width and type of a row. A rank's own rows
-never pass through MPI: callers give their own place a count of 0 and copy.
+never pass through MPI: callers give their own place a count of 0 and copy. A transport is called
+on the lane whose work made `send`; it posts when that work is done.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcmoe.device import to_host, xp_of
-from hpcmoe.errors import Stalled, UserError
+from hpcmoe.compute.step import ROWS
+from hpcmoe.device import Device, Event, Lane, address
+from hpcmoe.parallel.handle import Handle
 
-
-class Handle:
-    """Messages in flight. Keeps their buffers alive; `finish` runs once, when all have arrived."""
-
-    def __init__(self, requests: list, keep: tuple = (), finish: Callable[[], None] | None = None):
-        self.requests, self.keep, self.finish = requests, keep, finish
-
-    def test(self) -> bool:
-        """True once everything has arrived (and `finish` has run)."""
-        if self.requests is not None:
-            if self.requests and not MPI.Request.Testall(self.requests):
-                return False
-            self.requests = None
-            if self.finish:
-                self.finish()
-        return True
-
-
-class Waiter:
-    """Waits by polling, so that a deadline can end a job that would hang for ever.
-
-    crowded: more ranks than cores; then a waiting rank soon sleeps instead of burning the core
-    that the rank it waits for needs. stall_s: seconds without an answer before giving up.
-    """
-
-    def __init__(self, crowded: bool, stall_s: float):
-        self.crowded, self.stall_s = crowded, stall_s
-
-    def __call__(self, handle: Handle, what: object) -> None:
-        """Returns when the handle is done; raises Stalled, naming `what`, after stall_s seconds."""
-        if handle.test():
-            return
-        start, polls = time.monotonic(), 0
-        while not handle.test():
-            polls += 1
-            if self.crowded:
-                # A poll of many ranks over a network costs system calls: the longer the wait, the rarer.
-                os.sched_yield() if polls < 20 else time.sleep(min(max(0.0002, (time.monotonic() - start) / 100), 0.005))
-            elif polls % 64 == 0:
-                os.sched_yield()
-            if polls % 256 == 0 and time.monotonic() - start > self.stall_s:
-                raise Stalled(f"{what} made no progress for {self.stall_s:g} s: "
-                              "a rank or a link may be dead (deadline: run.stall_s)")
+TAG = 0  # of rows between two ranks
+NO_ROWS = np.zeros(2, np.uint8)  # two addresses
+CHUNK = 4 << 20  # bytes that `staged` copies at once: what travels while the next ones are copied
 
 
 class Plan(NamedTuple):
@@ -82,98 +43,183 @@ class Plan(NamedTuple):
         return Plan(self.n_recv_r, self.first_recv_r, self.n_send_r, self.first_send_r)
 
 
+class Channel:
+    """What a lane's exchanges go through: its communicator, its device and stream, host memory for `staged`.
+
+    copies: a second stream, for copies that must not wait for the lane's arithmetic.
+    """
+
+    def __init__(self, comm, device: Device, lane: Lane):
+        self.comm, self.device, self.lane = comm, device, lane
+        self.copies = device.lane()
+        self._host: dict[str, np.ndarray] = {}
+        self._outgrown: list[np.ndarray] = []  # copies out of them may still be queued
+        self.turn = 0
+        self.emptied = [Event(), Event()]  # of the two halves of host memory that `staged` receives into
+
+    def host(self, name: str, nbytes: int) -> np.ndarray:
+        """Pinned bytes, kept and grown: one user of a name at a time."""
+        if name not in self._host or len(self._host[name]) < nbytes:
+            self._outgrown += [self._host[name]] if name in self._host else []
+            self._host[name] = self.device.pinned(max(nbytes, 4096) * 5 // 4, np.uint8)
+        return self._host[name][:nbytes]
+
+
+def buffer(array):
+    """An array as MPI takes it: device arrays by their address."""
+    if isinstance(array, np.ndarray):
+        return array.reshape(-1).view(np.uint8)
+    return MPI.buffer.fromaddress(address(array), array.nbytes)
+
+
 # ---------------------------------------------------------------- transports
-def ialltoallv(comm, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
-    """One MPI_Ialltoallv (MPI 4.1, section 6.12.6) on the buffers themselves."""
-    request = comm.Ialltoallv([send, (plan.n_send_r, plan.first_send_r), row], [recv, (plan.n_recv_r, plan.first_recv_r), row])
-    return Handle([request], (send, recv))
+def ialltoallv(channel: Channel, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
+    """One MPI_Ialltoallv (MPI 4.1, section 6.12.6) on the buffers themselves.
+
+    A side without rows has an address of its own: Open MPI (5.0.7, 5.0.11) takes equal addresses for MPI_IN_PLACE, and
+    an empty part of the other side's buffer would have the same one.
+    """
+    def post() -> list:
+        outgoing = buffer(send) if plan.n_send_r.any() else NO_ROWS[:1]
+        incoming = buffer(recv) if plan.n_recv_r.any() else NO_ROWS[1:]
+        return [channel.comm.Ialltoallv([outgoing, (plan.n_send_r, plan.first_send_r), row],
+                                        [incoming, (plan.n_recv_r, plan.first_recv_r), row])]
+
+    return Handle(post, (send, recv), after=channel.device.event().record())
 
 
-def pairwise(comm, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
+def pairwise(channel: Channel, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
     """Isend and Irecv with each peer that has rows, nearest higher place first."""
-    requests = []
-    me, size = comm.rank, comm.size
-    width = row.Get_size()
-    send_bytes, recv_bytes = (a.reshape(-1).view(np.uint8) for a in (send, recv))
-    for shift in range(1, size):
-        source, target = (me - shift) % size, (me + shift) % size
-        n, first = int(plan.n_recv_r[source]), int(plan.first_recv_r[source])
-        if n:
-            requests.append(comm.Irecv([recv_bytes[first * width:], n, row], source))
-        n, first = int(plan.n_send_r[target]), int(plan.first_send_r[target])
-        if n:
-            requests.append(comm.Isend([send_bytes[first * width:], n, row], target))
-    return Handle(requests, (send, recv))
+    def post() -> list:
+        comm, width, requests = channel.comm, row.Get_size(), []
+        send_bytes, recv_bytes = buffer(send), buffer(recv)
+        for shift in range(1, comm.size):
+            source, target = (comm.rank - shift) % comm.size, (comm.rank + shift) % comm.size
+            n, first = int(plan.n_recv_r[source]), int(plan.first_recv_r[source])
+            if n:
+                requests.append(comm.Irecv([recv_bytes[first * width:(first + n) * width], n, row], source, TAG))
+            n, first = int(plan.n_send_r[target]), int(plan.first_send_r[target])
+            if n:
+                requests.append(comm.Isend([send_bytes[first * width:(first + n) * width], n, row], target, TAG))
+        return requests
+
+    return Handle(post, (send, recv), after=channel.device.event().record())
 
 
-def staged(comm, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
-    """Through host memory of its own: for an MPI that cannot read the buffers where they are."""
-    xp = xp_of(recv)
-    send_host = np.array(to_host(send))
-    recv_host = np.empty(recv.shape, dtype=recv.dtype)
-    handle = ialltoallv(comm, send_host, recv_host, plan, row)
-    blocks = [(int(a), int(a + n)) for a, n in zip(plan.first_recv_r, plan.n_recv_r) if n]
+class Staged(Handle):
+    """Rows through pinned host memory, by chunks: one is on the network while the next is being copied.
 
-    def finish() -> None:
-        for a, b in blocks:
-            recv[a:b] = xp.asarray(recv_host[a:b])
+    For an MPI that cannot read the buffers where they are. A chunk leaves when its copy to the host is
+    done, and is copied to the device when it has come. Exchanges receive into two halves by turns: one
+    may still be on its way to the device when the next exchange begins.
+    """
 
-    return Handle(handle.requests, (send, recv, send_host, recv_host), finish)
+    def __init__(self, channel: Channel, send, recv, plan: Plan, row: MPI.Datatype):
+        self.channel, self.width = channel, row.Get_size()
+        self.send, self.recv = (a.reshape(-1).view(np.uint8) for a in (send, recv))
+        self.half = channel.turn = 1 - channel.turn
+        self.send_host = channel.host("send", self.send.nbytes)
+        self.recv_host = channel.host(f"recv {self.half}", self.recv.nbytes)
+        comm = channel.comm
+        peers = [(comm.rank + shift) % comm.size for shift in range(1, comm.size)]
+        self.wanted = [(peer, part) for peer in reversed(peers)
+                       for part in self._parts(plan.first_recv_r[peer], plan.n_recv_r[peer])]
+        self.coming: list = []
+        start = channel.device.event().record()
+        self.leaving, self.sends = [], []
+        with channel.copies:
+            channel.copies.after(start)
+            for peer in peers:
+                for part in self._parts(plan.first_send_r[peer], plan.n_send_r[peer]):
+                    channel.device.copy(self.send_host[part], self.send[part])
+                    self.leaving.append((channel.device.event().record(), part, peer))
+        super().__init__(keep=(send, recv), after=channel.emptied[self.half])
+
+    def start(self) -> bool:
+        """Posts what can be: all receives, and chunks that are on the host. Whether everything is posted."""
+        begin = time.monotonic()
+        if self.wanted and self.after.done:
+            self.coming = [(self.channel.comm.Irecv(self.recv_host[part], peer, TAG), part) for peer, part in self.wanted]
+            self.wanted = []
+        while self.leaving and self.leaving[0][0].done:
+            _, part, peer = self.leaving.pop(0)
+            self.sends.append(self.channel.comm.Isend(self.send_host[part], peer, TAG))
+        self.post_s += time.monotonic() - begin
+        return self.posted
+
+    @property
+    def posted(self) -> bool:
+        return not self.wanted and not self.leaving
+
+    def _parts(self, first: int, n: int) -> list[slice]:
+        """Byte ranges of at most CHUNK bytes of rows first to first + n."""
+        a, b = int(first) * self.width, int(first + n) * self.width
+        return [slice(x, min(x + CHUNK, b)) for x in range(a, b, CHUNK)]
+
+    def test(self) -> bool:
+        if self.over:
+            return True
+        self.start()
+        waiting = []
+        with self.channel.copies:
+            for request, part in self.coming:
+                if request.Test():
+                    self.channel.device.copy(self.recv[part], self.recv_host[part])
+                else:
+                    waiting.append((request, part))
+            self.coming = waiting
+            if self.wanted or self.coming or self.leaving or not MPI.Request.Testall(self.sends):
+                return False
+            self.channel.emptied[self.half] = arrived = self.channel.device.event().record()
+        self.channel.lane.after(arrived)
+        self.over = True
+        return True
+
+
+def staged(channel: Channel, send, recv, plan: Plan, row: MPI.Datatype) -> Handle:
+    """Through host memory: see Staged."""
+    return Staged(channel, send, recv, plan, row)
 
 
 TRANSPORTS = {"ialltoallv": ialltoallv, "pairwise": pairwise, "staged": staged}
 
 
-def row_type(width: int, dtype) -> MPI.Datatype:
-    """A committed datatype of one row of `width` elements."""
-    return MPI.BYTE.Create_contiguous(width * np.dtype(dtype).itemsize).Commit()
+def row_type(nbytes: int) -> MPI.Datatype:
+    """A committed datatype of one row of so many bytes."""
+    return MPI.BYTE.Create_contiguous(nbytes).Commit()
 
 
-# ---------------------------------------------------------------- self-test
-def self_test(comm, xp=np) -> dict[str, str]:
-    """Runs each transport on known rows, uneven and empty blocks among them, on all ranks of `comm`.
+# ---------------------------------------------------------------- from one rank to another
+def send_rows(channel: Channel, comm, array, target: int, tag: int, direct: bool, header: np.ndarray | None = None) -> Handle:
+    """An array to another rank, and the host's `header`, if there is one, with tag - 1.
 
-    Returns name -> "" where every rank got the right values, else what was wrong on the first rank.
+    direct: MPI reads device memory; else the rows go through the host.
     """
-    result = {}
-    for name, transport in TRANSPORTS.items():
-        faults = comm.allgather(_try(comm, transport, xp))
-        bad = [f"rank {r}: {text}" for r, text in enumerate(faults) if text]
-        result[name] = bad[0] if bad else ""
-    return result
+    source = array
+    if not direct:
+        source = channel.host(f"out {tag}", array.nbytes)
+        channel.device.copy(source, array)
+
+    def post() -> list:
+        before = [comm.Isend(header, target, tag - 1)] if header is not None else []
+        return before + [comm.Isend(buffer(source), target, tag)]
+
+    return Handle(post, (header, array, source), after=channel.device.event().record())
 
 
-def _try(comm, transport, xp) -> str:
-    me, size, width = comm.rank, comm.size, 5
-    everyone = np.arange(size)
-    n_send_r, n_recv_r = (me + everyone) % 3, (everyone + me) % 3
-    plan = Plan.of(n_send_r, n_recv_r, me)
-    row = row_type(width, np.float32)
-    send = xp.asarray(np.repeat(me * 1000.0 + everyone, n_send_r)[:, None] + np.zeros(width), dtype=np.float32)
-    recv = xp.full((int(n_recv_r.sum()), width), -1, dtype=np.float32)
-    expected = np.repeat(everyone * 1000.0 + me, n_recv_r)
-    try:
-        Waiter(True, 60.0)(transport(comm, send, recv, plan, row), "self-test")
-    except (MPI.Exception, Stalled) as error:
-        return str(error)
-    finally:
-        row.Free()
-    own = slice(plan.first_recv_r[me], plan.first_recv_r[me] + n_recv_r[me])
-    expected[own] = -1  # own rows are the caller's to copy
-    return "" if (to_host(recv) == expected[:, None]).all() else "wrong values arrived"
+def recv_rows(channel: Channel, comm, array, source: int, tag: int, direct: bool, header: np.ndarray | None = None) -> Handle:
+    """What `send_rows` sent: into an array and a header (Batch.header) that may be longer."""
+    target = array if direct else channel.host(f"in {tag} {source}", array.nbytes)
 
+    def post() -> list:
+        before = [comm.Irecv(header, source, tag - 1)] if header is not None else []
+        return before + [comm.Irecv(buffer(target), source, tag)]
 
-def choose(stage, world, name: str) -> str:
-    """The transport of the run: the first in order that passes the self-test in every stage, or `name`.
+    def finish() -> None:
+        if not direct:
+            rows = array if header is None else array[:int(header[ROWS])]  # room for a prompt, a step of decode has few
+            with channel.lane:
+                channel.device.copy(rows, target[:rows.nbytes])
 
-    stage, world: the communicators of a stage and of all ranks. Raises UserError, the same on all
-    ranks, where the one asked for (or every one) fails.
-    """
-    table = self_test(stage)
-    faults = {n: next((t[n] for t in world.allgather(table) if t[n]), "") for n in TRANSPORTS}
-    wanted = [name] if name != "auto" else list(TRANSPORTS)
-    for candidate in wanted:
-        if not faults[candidate]:
-            return candidate
-    raise UserError(f"job: run.transport = {name!r}: failed its self-test: " +
-                    "; ".join(f"{n}: {faults[n]}" for n in wanted))
+    # What came before may still be read by queued work.
+    return Handle(post, (header, array, target), finish, after=channel.device.event().record())

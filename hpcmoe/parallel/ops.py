@@ -38,7 +38,7 @@ class Step(NamedTuple):
 def parse_op(text: str) -> Op:
     """The op of a text such as "DISPATCH.2.0"; UserError where it is none."""
     kind, *numbers = text.split(".")
-    if kind not in KINDS or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+    if kind not in KINDS or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
         raise UserError(f"schedule: {text!r}: expected KIND.layer.micro with KIND one of {', '.join(KINDS)}")
     return Op(kind, int(numbers[0]), int(numbers[1]))
 

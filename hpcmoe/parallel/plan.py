@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import heapq
+import math
 from typing import NamedTuple
 
+from hpcmoe.compute.base import Sizes
+from hpcmoe.compute.step import Work
 from hpcmoe.config import ModelConfig, RunJob
-from hpcmoe.errors import UserError, at
-from hpcmoe.model.kvcache import bytes_per_sequence
-from hpcmoe.parallel.batch import Work
+from hpcmoe.errors import at
 from hpcmoe.parallel.layout import Layout
-from hpcmoe.parallel.stage import Limits
 
-KV_SHARE = 0.9  # of the free memory
+UNLIMITED = 2**62
+
+
+class Room(NamedTuple):
+    """What a leader has places for: sequences, and tokens of the KV cache (UNLIMITED where a page is a slot)."""
+
+    sequences: int
+    tokens: int
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Room":
+        """Of a leader without sequences."""
+        return cls(sizes.slots * sizes.micros, sizes.pages * sizes.page_tokens or UNLIMITED)
 
 
 def hand_out(works: list[Work], bins: int) -> list[list[Work]]:
@@ -20,15 +32,12 @@ def hand_out(works: list[Work], bins: int) -> list[list[Work]]:
 
     Every leader keeps the input's order. (Longest processing time first, Graham 1969.)
     """
-    def tokens(work: Work) -> int:
-        return len(work.tokens) + work.max_tokens
-
     load = [(0, b) for b in range(bins)]
     dealt: list[list[Work]] = [[] for _ in range(bins)]
-    for work in sorted(works, key=lambda w: (-tokens(w), w.index)):
+    for work in sorted(works, key=lambda w: (-w.most_tokens, w.index)):
         total, b = heapq.heappop(load)
         dealt[b].append(work)
-        heapq.heappush(load, (total + tokens(work), b))
+        heapq.heappush(load, (total + work.most_tokens, b))
     return [sorted(part, key=lambda w: w.index) for part in dealt]
 
 
@@ -40,9 +49,9 @@ class Cut(NamedTuple):
 
 
 def cut(run: RunJob, layout: Layout, on_gpu: bool) -> Cut:
-    """How many micro-batches and lanes where the job leaves it open.
+    """How many micro-batches and lanes where the job leaves it open, and nothing is measured (see lanes.py).
 
-    Two lanes where a GPU computes while messages travel. On a CPU messages move while the
+    Two lanes where a GPU computes while messages travel. On CPUs of one node messages move while a
     rank is inside MPI, and halves of a batch read the same weights twice: one lane.
     """
     lanes = 1 if run.schedule == "plain" else run.lanes or (2 if on_gpu and layout.stage_size > 1 else 1)
@@ -50,8 +59,15 @@ def cut(run: RunJob, layout: Layout, on_gpu: bool) -> Cut:
     return Cut(micros, min(lanes, micros))
 
 
-def limits(run: RunJob, layout: Layout, leaders: int, most: int, cut: Cut, context: int) -> Limits:
-    """Slots and rows of one micro-batch on one leader. most: requests of the leader that has most.
+def schedule_name(run: RunJob, on_gpu: bool) -> str:
+    """The schedule that is built: a GPU is given a queue of work, a CPU does it."""
+    return "queued" if run.schedule == "overlapped" and on_gpu else run.schedule
+
+
+def limits(run: RunJob, model: ModelConfig, layout: Layout, leaders: int, most: int, cut: Cut, context: int) -> Sizes:
+    """Slots and rows of one micro-batch on one leader. most: requests of a leader, were all dealt at once.
+
+    The pages of the KV cache are left open (0).
 
     Raises UserError where the numbers contradict each other.
     """
@@ -64,24 +80,15 @@ def limits(run: RunJob, layout: Layout, leaders: int, most: int, cut: Cut, conte
                      f"x {cut.micros} micro-batch(es), since each sequence in decode takes a row of every step")
     else:
         slots = min(rows, max(1, -(-most // cut.micros)))
-    return Limits(cut.micros, cut.lanes, slots, rows, context)
+    chosen = min(model.router.top_k, -(-layout.slots(model.router.experts) // layout.ep))  # of one token on one rank, at most
+    return Sizes(cut.micros, cut.lanes, slots, rows, context, 0, 0, rows * leaders * chosen)
 
 
-def fit_slots(model: ModelConfig, layers: int, wanted: Limits, run: RunJob, free: int, leaders: int, where: str) -> int:
-    """Slots per micro-batch whose KV cache fits `free` bytes on this leader, at most the wanted ones.
+def usual_rows(run: RunJob, task: str, leaders: int, most: int, cut: Cut) -> int:
+    """Rows of a leader in most steps: one per sequence in decode; where texts are scored, as many as a step takes.
 
-    Raises UserError, saying how many sequences fit, where run.max_sequences asks for more or none fits.
+    most: as for limits().
     """
-    a = model.attention
-    one = bytes_per_sequence(layers, a.kv_heads, a.head_dim, wanted.context)
-    free = int(run.memory_gb * 2**30) if run.memory_gb else int(free * KV_SHARE)
-    fitting = free // (one * wanted.micros)
-    if fitting >= wanted.slots:
-        return wanted.slots
-    if run.max_sequences or fitting < 1:
-        raise UserError(
-            f"job: KV cache: {wanted.slots * wanted.micros} sequences of {wanted.context} tokens need "
-            f"{one * wanted.slots * wanted.micros / 2**30:.3g} GiB on {where}, {free / 2**30:.3g} GiB are free: "
-            f"{free // one * leaders} sequences fit in a replica: lower run.max_sequences = {run.max_sequences} "
-            f"or run.context = {run.context}, or raise run.memory_gb")
-    return fitting
+    rows = max(1, run.batch_tokens // leaders)
+    sequences = run.max_sequences / leaders if run.max_sequences else most
+    return rows if task == "score" else max(1, min(rows, math.ceil(sequences / cut.micros)))

@@ -15,6 +15,9 @@ from hpcmoe.parallel.layout import share
 from hpcmoe.parallel.ops import EXPERT_KINDS, Op, Step, parse_step
 
 
+NAMES = ("plain", "overlapped", "queued")
+
+
 class Role(NamedTuple):
     """Ranks of one stage that run the same program."""
 
@@ -27,7 +30,10 @@ class Role(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A program per role; `lanes` micro-batches of a stage are interleaved, micro m on lane m % lanes."""
+    """A program per role; `lanes` micro-batches of a stage are interleaved, micro m on lane m % lanes.
+
+    shards: whether leaders are divided into tensor shards, which sum what they make: ops EMBED, REDUCE_ATTEND, REDUCE_MERGE.
+    """
 
     name: str
     stages: int
@@ -35,12 +41,14 @@ class Schedule:
     micros: int
     lanes: int
     programs: dict[Role, tuple[Step, ...]]
+    shards: bool = False
 
     def layers_of(self, stage: int) -> range:
         return share(self.layers, self.stages, stage)
 
     def __str__(self) -> str:
-        lines = [f"schedule {self.name} stages={self.stages} layers={self.layers} micros={self.micros} lanes={self.lanes}"]
+        lines = [f"schedule {self.name} stages={self.stages} layers={self.layers} micros={self.micros} lanes={self.lanes}"
+                 + " shards=1" * self.shards]
         for role, program in self.programs.items():
             lines += [f"[{role}]"] + [str(step) for step in program]
         return "\n".join(lines) + "\n"
@@ -61,13 +69,14 @@ def parse(text: str) -> Schedule:
             else:
                 programs[role].append(parse_step(line))
         return Schedule(name, facts["stages"], facts["layers"], facts["micros"], facts["lanes"],
-                        {role: tuple(steps) for role, steps in programs.items()})
+                        {role: tuple(steps) for role, steps in programs.items()}, bool(facts.get("shards", 0)))
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"schedule: not understood: {error}") from error
 
 
-def build(name: str, stages: int, layers: int, micros: int, lanes: int = 1) -> Schedule:
-    """The `plain` schedule (one micro-batch after the other) or the `overlapped` one.
+def build(name: str, stages: int, layers: int, micros: int, lanes: int = 1, shards: bool = False) -> Schedule:
+    """The `plain` schedule (one micro-batch after the other), the `overlapped` one, or `queued`: overlapped
+    for ranks that queue work on a device instead of doing it. shards: tp > 1.
 
     Raises UserError for numbers below one and for more stages than layers.
     """
@@ -76,20 +85,30 @@ def build(name: str, stages: int, layers: int, micros: int, lanes: int = 1) -> S
             raise at("schedule", field, value, "a number >= 1")
     if stages > layers:
         raise at("schedule", "stages", stages, f"at most the {layers} layers")
-    if name not in ("plain", "overlapped"):
-        raise at("schedule", "name", name, "plain or overlapped")
+    if name not in NAMES:
+        raise at("schedule", "name", name, ", ".join(NAMES))
     lanes = 1 if name == "plain" else min(lanes, micros)
     programs = {}
     for stage in range(stages):
         own = share(layers, stages, stage)
-        ops = _stage_ops(stages, stage, own, micros, lanes)
+        ops = _stage_ops(stages, stage, own, micros, lanes, name == "queued", shards)
+        if shards:
+            ops = [part for op in ops for part in _with_sums(op, stage, own)]
         for leader in (True, False):
-            programs[Role(stage, leader)] = tuple(Step(op, _needs(op, stages, own, lanes, micros, leader))
-                                                  for op in ops if leader or op.kind in EXPERT_KINDS)
-    return Schedule(name, stages, layers, micros, lanes, programs)
+            mine = dict.fromkeys(op for op in ops if leader or op.kind in EXPERT_KINDS)
+            programs[Role(stage, leader)] = tuple(Step(op, _needs(op, stages, own, lanes, micros, leader, mine)) for op in mine)
+    return Schedule(name, stages, layers, micros, lanes, programs, shards)
 
 
-def _stage_ops(stages: int, stage: int, layers: range, micros: int, lanes: int) -> list[Op]:
+def _with_sums(op: Op, stage: int, layers: range) -> list[Op]:
+    """An op, and beside it the sum over the tensor shards that it brings: of embeddings, attention, or merged rows."""
+    if op.kind == "ATTEND":
+        first = stage == 0 and op.layer == layers[0]
+        return [Op("EMBED", *op[1:])] * first + [op, Op("REDUCE_ATTEND", *op[1:])]
+    return [op, Op("REDUCE_MERGE", *op[1:])] if op.kind == "MERGE" else [op]
+
+
+def _stage_ops(stages: int, stage: int, layers: range, micros: int, lanes: int, queued: bool, shards: bool) -> list[Op]:
     """A leader's ops in order: groups of `lanes` micro-batches, each group interleaved."""
     groups = [range(first, min(first + lanes, micros)) for first in range(0, micros, lanes)]
     ops = [Op("RECV", layers[0], m) for m in groups[0]]
@@ -97,45 +116,65 @@ def _stage_ops(stages: int, stage: int, layers: range, micros: int, lanes: int) 
         if g + 1 < len(groups):  # posted one group ahead, so that it arrives behind this one's compute
             ops += [Op("RECV", layers[0], m) for m in groups[g + 1]]
         for layer in layers:
-            ops += _layer_ops(layer, layers[0], group)
+            ops += _sharded_layer(layer, layers[0], group) if shards else _layer_ops(layer, layers[0], group, queued)
         last = "SAMPLE" if stage == stages - 1 else "SEND"
         for m in group:
             ops += [Op("MERGE", layers[-1], m), Op(last, layers[-1], m)]
     return ops
 
 
-def _layer_ops(layer: int, first_layer: int, group: range) -> list[Op]:
+def _layer_ops(layer: int, first_layer: int, group: range, queued: bool) -> list[Op]:
     """One layer of interleaved micro-batches.
 
     With two, a and b: a's dispatch travels behind b's attention, b's behind a's expert, a's
-    combine behind b's expert, b's behind a's next attention.
+    combine behind b's expert, b's behind a's next attention, counts and dispatch: that is posted before b's
+    rows are awaited. Where work is queued, all attention is queued before the first dispatch: that one has
+    to wait for counts that the device has yet to make.
     """
     ops = []
     for i, m in enumerate(group):
+        if i and not queued:
+            ops.append(Op("DISPATCH", layer, group[i - 1]))
         if layer > first_layer:
             ops.append(Op("MERGE", layer - 1, m))
-        if i:
-            ops.append(Op("DISPATCH", layer, group[i - 1]))
         ops += [Op(kind, layer, m) for kind in ("ATTEND", "GATE", "COUNTS")]
-    ops.append(Op("DISPATCH", layer, group[-1]))
+    ops += [Op("DISPATCH", layer, m) for m in (group if queued else group[-1:])]
     for m in group:
         ops += [Op("EXPERT", layer, m), Op("COMBINE", layer, m)]
     return ops
 
 
-def _needs(op: Op, stages: int, layers: range, lanes: int, micros: int, leader: bool) -> tuple[Op, ...]:
+def _sharded_layer(layer: int, first_layer: int, group: range) -> list[Op]:
+    """One layer of interleaved micro-batches on tensor shards: a's sums travel behind b's compute, b's behind a's."""
+    ops = [Op("MERGE", layer - 1, m) for m in group if layer > first_layer] + [Op("ATTEND", layer, m) for m in group]
+    ops += [Op(kind, layer, m) for m in group for kind in ("GATE", "COUNTS")] + [Op("DISPATCH", layer, m) for m in group]
+    return ops + [Op(kind, layer, m) for m in group for kind in ("EXPERT", "COMBINE")]
+
+
+def _needs(op: Op, stages: int, layers: range, lanes: int, micros: int, leader: bool, mine: dict[Op, None]) -> tuple[Op, ...]:
+    """What an op of a program with the ops `mine` awaits."""
     kind, layer, m = op
-    before = {"GATE": "ATTEND", "DISPATCH": "COUNTS", "EXPERT": "DISPATCH", "COMBINE": "EXPERT", "MERGE": "COMBINE"}
+    before = {"REDUCE_ATTEND": "ATTEND", "DISPATCH": "COUNTS", "EXPERT": "DISPATCH", "COMBINE": "EXPERT", "MERGE": "COMBINE",
+              "REDUCE_MERGE": "MERGE", "EMBED": "RECV"}
+
+    def whole(kind: str, layer: int) -> Op:
+        total = Op(f"REDUCE_{kind}", layer, m)
+        return total if total in mine else Op(kind, layer, m)
+
     if kind in before:
         return (Op(before[kind], layer, m),)
+    if kind == "GATE":
+        return (whole("ATTEND", layer),)
+    if kind == "ATTEND" and layer > layers[0]:
+        return (whole("MERGE", layer - 1),)
     if kind == "ATTEND":
-        return (Op("RECV", layer, m) if layer == layers[0] else Op("MERGE", layer - 1, m),)
+        return (next(op for op in (Op("EMBED", layer, m), Op("RECV", layer, m)) if op in mine),)
     if kind == "COUNTS":
         return (Op("GATE", layer, m),) if leader else (_previous_combine(layer, m, layers, lanes, micros),)
     if kind == "SEND":  # the last message must be gone before its place is taken
-        return (Op("MERGE", layer, m), op)
+        return (whole("MERGE", layer), op)
     if kind == "SAMPLE":
-        return (Op("MERGE", layer, m),) + ((op,) if stages > 1 else ())
+        return (whole("MERGE", layer),) + ((op,) if stages > 1 else ())
     if kind == "RECV" and stages == 1:
         return (Op("SAMPLE", layers[-1], m),)
     return ()

@@ -9,6 +9,7 @@ from typing import Callable
 
 from mpi4py import MPI
 
+from hpcmoe.doing import waits
 from hpcmoe.errors import AgreedError, UserError
 from hpcmoe.parallel.layout import Layout
 
@@ -47,7 +48,7 @@ def node_names(comm) -> list[str]:
     """The host of each rank. HPCMOE_RANKS_PER_NODE=n pretends that each n ranks are a node."""
     pretend = os.environ.get("HPCMOE_RANKS_PER_NODE", "")
     if pretend:
-        if not pretend.isdigit() or int(pretend) < 1:
+        if not pretend.isdecimal() or int(pretend) < 1:
             raise UserError(f"environment: HPCMOE_RANKS_PER_NODE = {pretend!r}: expected a number >= 1")
         name = f"{MPI.Get_processor_name()}/{comm.rank // int(pretend)}"
     else:
@@ -58,43 +59,48 @@ def node_names(comm) -> list[str]:
 class World:
     """This rank's place in the layout and its communicators.
 
-    lanes: one communicator per lane over the ranks of the stage, ordered by place; pipe: the
-    replica's ranks, ordered by stage and place. node_r: node number of each place of the stage.
+    lanes: one communicator per lane over the ranks of the stage with this rank's shard, ordered by place: they
+    exchange rows; shards: one per lane over the tensor shards of this rank's place, which sum what they make; pipe: the
+    replica's ranks, in order; moving: as a lane, for weights on their way, where the run moves any. hosts: the node of each rank; node_r: node number of each place of the stage.
     leaders: the places that lead, the same number in every stage; leader: this rank's place among
-    them, or None; counterpart: the rank in `pipe` of this leader's fellow in each stage. transport:
-    the name of the one chosen for rows.
+    them, or None; counterpart: the rank in `pipe` of this leader's fellow in each stage, of the same shard.
+    transport: the name of the one chosen for rows; flat: that of the one for messages between any two ranks;
+    direct: rows go from stage to stage without a copy on the host.
     """
 
-    def __init__(self, comm, layout: Layout, lanes: int):
+    def __init__(self, comm, layout: Layout, lanes: int, hosts: list[str], moving: bool = False):
         self.comm, self.layout = comm, layout
         self.rank = comm.rank
-        self.transport = ""
+        self.transport, self.flat, self.direct = "", "", True
         self.here = layout.place(comm.rank)
-        self.hosts = node_names(comm)
+        self.hosts = hosts
         number = {host: node for node, host in enumerate(dict.fromkeys(self.hosts))}
         self.node_of_rank = [number[host] for host in self.hosts]
         self.pipe = comm.Split(self.here.dp, comm.rank)
-        stage = self.pipe.Split(self.here.stage, self.here.place)
-        self.lanes = [stage] + [stage.Dup() for _ in range(lanes - 1)]
-        ranks = layout.stage_ranks(self.here.dp, self.here.stage)
-        self.node_r = [self.node_of_rank[r] for r in ranks]
-        self.leaders = self._leaders()
+        here = self.here
+        self.lanes = _copies(self.pipe.Split(here.stage * layout.tp + here.shard, here.place), lanes)
+        self.moving = self.lanes[0].Dup() if moving else None
+        self.shards = _copies(self.pipe.Split(here.stage * layout.ep + here.place, here.shard), lanes)
+        self.node_r = [self.node_of_rank[r] for r in layout.column(here.dp, here.stage, here.shard)]
+        self.leaders = layout.leader_places(self.node_of_rank, here.dp)[here.stage]
         self.leader = self.leaders.index(self.here.place) if self.here.place in self.leaders else None
-        table = self.pipe.allgather((self.here.stage, self.leader))
-        self.counterpart = {s: r for r, (s, leader) in enumerate(table) if leader is not None and leader == self.leader}
+        table = self.pipe.allgather((here.stage, self.leader, here.shard))
+        self.counterpart = {s: r for r, (s, *fellow) in enumerate(table)
+                            if self.leader is not None and fellow == [self.leader, here.shard]}
 
-    def _leaders(self) -> list[int]:
-        layout = self.layout
-        if layout.leaders == "all":
-            return list(range(layout.stage_size))
-        if layout.leaders.isdigit():
-            return list(range(int(layout.leaders)))
-        per_stage = []
-        for stage in range(layout.pp):
-            nodes = [self.node_of_rank[r] for r in layout.stage_ranks(self.here.dp, stage)]
-            per_stage.append([place for place, node in enumerate(nodes) if node not in nodes[:place]])
-        count = min(len(places) for places in per_stage)  # leader j hands on to leader j
-        return per_stage[self.here.stage][:count]
+    def node_comm(self):
+        """The ranks of this stage on this node, by place; None where MPI says that they share no memory. Collective over the stage."""
+        mates = self.lanes[0].Split(self.node_r[self.here.place], self.here.place)
+        sharing = mates.Split_type(MPI.COMM_TYPE_SHARED)
+        whole = mates.allreduce(sharing.size == mates.size, MPI.LAND)
+        sharing.Free()
+        return mates if whole else None
+
+    def keep_lanes(self, count: int) -> None:
+        """Gives back the communicators of all lanes but the first `count`. Collective."""
+        for comms in (self.lanes, self.shards):
+            while len(comms) > count:
+                comms.pop().Free()
 
     @property
     def ranks_on_node(self) -> int:
@@ -107,6 +113,11 @@ class World:
     @property
     def last_stage(self) -> bool:
         return self.here.stage == self.layout.pp - 1
+
+
+def _copies(comm, count: int) -> list:
+    """The communicator and copies of it, `count` in all."""
+    return [comm] + [comm.Dup() for _ in range(count - 1)]
 
 
 class Tally:
@@ -133,14 +144,17 @@ class Tally:
     def all_done(self, update: Callable[[], None]) -> None:
         """Collective: returns when all replicas are done; rank 0 calls `update` meanwhile and hears the others out."""
         if self.speaks:
-            if self.sent is not None:
-                self.sent.Wait()
-            self._speak()
-            self.sent.Wait()  # received, since it is a synchronous send
-        barrier = self.comm.Ibarrier()
-        while not barrier.Test():
-            update()
-            time.sleep(0.001)
+            with waits("rank 0 to hear that a replica is done"):
+                if self.sent is not None:
+                    self.sent.Wait()
+                self._speak()
+                self.sent.Wait()  # received, since it is a synchronous send
+        with waits("the other replicas"):
+            barrier = self.comm.Ibarrier()
+            while not barrier.Test():
+                if self.comm.rank == 0:
+                    update()  # elsewhere it might speak once more, and rank 0 have left
+                time.sleep(0.001)
 
     def _speak(self) -> None:
         self.message = array("q", [self.world.here.dp, *self.mine])

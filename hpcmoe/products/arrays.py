@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 
@@ -54,6 +55,14 @@ class ArrayLinear(Linear):
             y_tn += self._bias_n
         return y_tn
 
+    def weights(self) -> list[np.ndarray]:
+        return [self._weight_kn.reshape(-1).view(np.uint8)]
+
+    def clone(self) -> "ArrayLinear":
+        twin = copy.copy(self)
+        twin._weight_kn = self._weight_kn.copy()
+        return twin
+
 
 class ArrayGlu(Linear):
     def __init__(self, gate: ArrayLinear, up: ArrayLinear, act: str):
@@ -66,6 +75,12 @@ class ArrayGlu(Linear):
         for t0 in range(0, len(h_tf), step):
             h_tf[t0:t0 + step] *= activate(self.act, gate_tf[t0:t0 + step])
         return h_tf
+
+    def weights(self) -> list[np.ndarray]:
+        return self.gate.weights() + self.up.weights()
+
+    def clone(self) -> "ArrayGlu":
+        return ArrayGlu(self.gate.clone(), self.up.clone(), self.act)
 
 
 def activate(act: str, x):

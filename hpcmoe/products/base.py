@@ -28,6 +28,14 @@ class Linear(ABC):
         out: where to put y, contiguous fp32 [t, n]; ValueError for any other.
         """
 
+    @abstractmethod
+    def weights(self) -> list[np.ndarray]:
+        """The weight as it is owned, as bytes: written over, they make another weight of the same shape. On a CPU."""
+
+    @abstractmethod
+    def clone(self) -> "Linear":
+        """The same product with a copy of the weight in memory of its own. On a CPU."""
+
 
 class Backend(ABC):
     """What makes products: name, version of its library, dtype of its inputs, threads it uses."""
@@ -59,6 +67,12 @@ class Chain(Linear):
 
     def __call__(self, x_tk, out=None):
         return self.second(self.first(x_tk), out=out)
+
+    def weights(self) -> list[np.ndarray]:
+        return self.first.weights() + self.second.weights()
+
+    def clone(self) -> "Chain":
+        return Chain(self.first.clone(), self.second.clone())
 
 
 def check_activation(act: str) -> None:

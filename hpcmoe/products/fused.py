@@ -5,6 +5,8 @@ Letters: i rows, d model width, f hidden width.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from hpcmoe.products.base import Linear, output, rows_of
@@ -54,3 +56,12 @@ class PackedExpert(Linear):
         for part, product, x in zip(up.parts, up_products, xs):
             product.run(rows, x, part.memory, hidden, other=act_gate)
         self._down_products[j].run(rows, hidden, down.memory, y)
+
+    def weights(self) -> list[np.ndarray]:
+        return [buffer for weight in (self.down, *self.gates, *self.ups) for buffer in weight.buffers()]
+
+    def clone(self) -> "PackedExpert":
+        twin = copy.copy(self)
+        twin.down = self.down.clone()
+        twin.gates, twin.ups = ([weight.clone() for weight in weights] for weights in (self.gates, self.ups))
+        return twin

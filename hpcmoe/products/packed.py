@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 
 from hpcmoe import onednn
@@ -81,6 +83,14 @@ class PackedLinear(Linear):
                     product.run(len(x_slab), x, part.memory, y + t0 * step, bias)
         return out
 
+    def weights(self) -> list[np.ndarray]:
+        return self.weight.buffers()
+
+    def clone(self) -> "PackedLinear":
+        twin = copy.copy(self)
+        twin.weight = self.weight.clone()
+        return twin
+
 
 class PackedGlu(Linear):
     """act and the product of the two halves are fused into the matrix products; slabs keep the gate in the caches."""
@@ -109,3 +119,11 @@ class PackedGlu(Linear):
                 for part, product, x in zip(self.up.parts, self._up_products, xs):
                     product.run(rows, x, part.memory, h + t0 * step, other=gate)
         return out
+
+    def weights(self) -> list[np.ndarray]:
+        return self.gate.buffers() + self.up.buffers()
+
+    def clone(self) -> "PackedGlu":
+        twin = copy.copy(self)
+        twin.gate, twin.up = self.gate.clone(), self.up.clone()
+        return twin

@@ -6,6 +6,7 @@ Letters: k columns of x (the inner length), n columns of y; a weight is [n, k], 
 from __future__ import annotations
 
 import contextlib
+import copy
 import mmap
 import weakref
 
@@ -61,10 +62,19 @@ class Part:
     def __init__(self, library: Library, place: Layout, k0: int, weight_nk: np.ndarray):
         self.layout, self.k0 = place, k0
         self.nbytes = library.size(place.desc)
-        self.buffer = _room.take(self.nbytes)
-        self.memory = library.memory(place.desc, self.buffer.ctypes.data)
-        weakref.finalize(self, library.lib.dnnl_memory_destroy, self.memory).atexit = False
+        self._take(library)
         self._fill(library, weight_nk[:, k0:k0 + place.k])
+
+    def _take(self, library: Library) -> None:
+        self.buffer = _room.take(self.nbytes)
+        self.memory = library.memory(self.layout.desc, self.buffer.ctypes.data)
+        weakref.finalize(self, library.lib.dnnl_memory_destroy, self.memory).atexit = False
+
+    def clone(self, library: Library) -> "Part":
+        twin = copy.copy(self)
+        twin._take(library)
+        twin.buffer[:] = self.buffer
+        return twin
 
     def _fill(self, library: Library, source_nk: np.ndarray) -> None:
         """Reorders the source: at one go where oneDNN reads it well, else by tiles of fp32 rows."""
@@ -116,6 +126,15 @@ class PackedWeight:
                           for k0 in range(0, self.k, step)]
         self.slab = SLAB_AVX2 if whole.avx2 else SLAB
         self.nbytes = sum(part.nbytes for part in self.parts)
+
+    def buffers(self) -> list[np.ndarray]:
+        return [part.buffer for part in self.parts]
+
+    def clone(self) -> "PackedWeight":
+        twin = copy.copy(self)
+        with self.library.lock:
+            twin.parts = [part.clone(self.library) for part in self.parts]
+        return twin
 
     def products(self, bias: bool, post: tuple[str, ...], y_dtype: str = "fp32") -> list[Product]:
         """The product of each part: the first adds the bias, the later ones add to y, the last does post."""

@@ -10,7 +10,7 @@ TITLE, CELL = 28, 18
 PER_BLOCK = (WIDTH - TITLE) // CELL
 
 # title and place in the section `run`
-SETTINGS = (("task", "task"), ("layout", "layout"), ("leaders", "leaders"),
+SETTINGS = (("task", "task"), ("simulated on", "simulated.cluster"), ("layout", "layout"), ("leaders", "leaders"),
             ("schedule", "schedule.name"), ("micro-batches", "schedule.micro_batches"),
             ("lanes", "schedule.lanes"), ("transport", "transport"), ("dtype", "dtype"),
             ("products", "linear.backend"), ("threads per rank", "threads"))
@@ -38,7 +38,7 @@ FIGURES = (
     ("TPOT p99, ms", "latency", "tpot_p99_ms", number, True),
     None,
     "phases",
-    ("exposed communication", "communication", "exposed_share", percent, False),
+    ("exposed communication", "communication", "exposed_comm_share", percent, False),
     ("pipeline bubble", "communication", "bubble_share", percent, False),
     ("experts of MoE time", "communication", "expert_share_of_moe", percent, False),
     ("expert GFLOP/s per rank", "compute", "expert_gflop_per_s_per_rank", number, True),
@@ -46,6 +46,7 @@ FIGURES = (
     None,
     ("sent within nodes", "traffic", "bytes_within_nodes", size, False),
     ("sent between nodes", "traffic", "bytes_between_nodes", size, False),
+    ("sent per token", "traffic", "bytes_per_token", size, False),
     ("weights per rank, max", "memory", "weights_max_bytes", size, False),
     ("peak RSS per rank, max", "memory", "peak_rss_max_bytes", size, False),
     ("weights loaded in, s", "loading", "load_max_s", number, True),

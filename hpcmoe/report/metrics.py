@@ -10,19 +10,23 @@ from math import fsum
 
 import numpy as np
 
+from hpcmoe.report.capacity import capacity
 from hpcmoe.report.expert_load import expert_load
+from hpcmoe.report.placed import placed
+from hpcmoe.report.rebalancing import rebalancing
 from hpcmoe.report.record import MOVES, RankRecord
+from hpcmoe.report.replicas import replicas
 
 FORMAT = "hpcmoe-report"
 VERSION = 1
-PHASES = {"attention": "ATTEND", "gate": "GATE", "counts": "COUNTS", "dispatch": "DISPATCH",
-          "expert": "EXPERT", "combine": "COMBINE", "merge": "MERGE", "reduce": "REDUCE",
-          "recv": "RECV", "send": "SEND", "sample": "SAMPLE"}
+SUMS = ("EMBED", "REDUCE_ATTEND", "REDUCE_MERGE")  # over tensor shards
+PHASES = {"attention": ("ATTEND",), "gate": ("GATE",), "counts": ("COUNTS",), "dispatch": ("DISPATCH",), "expert": ("EXPERT",),
+          "combine": ("COMBINE",), "merge": ("MERGE",), "reduce": SUMS, "recv": ("RECV",), "send": ("SEND",), "sample": ("SAMPLE",)}
 # awaited while another stage works: the pipeline had nothing for this rank
 IDLE_WAITS = ("RECV",)
-# awaited although this stage could work if its rows were here
-EXPOSED = ("COUNTS", "DISPATCH", "COMBINE")
-MOE = ("GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE", "REDUCE")
+# messages that this stage needs to go on: their rows are awaited although it could work if they were here
+EXPOSED = ("COUNTS", "DISPATCH", "COMBINE", *SUMS, "SEND")
+MOE = ("GATE", "COUNTS", "DISPATCH", "EXPERT", "COMBINE", "MERGE", "REDUCE_MERGE")
 
 
 def metrics(records: list[RankRecord], facts: dict) -> dict:
@@ -31,7 +35,7 @@ def metrics(records: list[RankRecord], facts: dict) -> dict:
     records: one per rank, in any order. facts: what the run was, copied into the section `run`
     (task, layout, leaders, model, versions, mpi, transport, schedule, linear, dtype, threads,
     startup_s, ...) but for `config` (the whole job, a section of its own), `errors` (number of
-    requests that failed) and `weights_file_bytes`.
+    requests that failed), `weights_file_bytes`, `bubble_predicted_share` (parallel.replay), and `placement` (placing.placement_facts), where there is one.
     Raises ValueError where there are no records, or two of them finished one request.
     """
     if not records:
@@ -45,8 +49,16 @@ def metrics(records: list[RankRecord], facts: dict) -> dict:
     facts = dict(facts)
     config = facts.pop("config", {})
     failed = facts.pop("errors", 0)
+    placement = facts.pop("placement", None)
+    predicted = facts.pop("bubble_predicted_share", None)
     file_bytes = facts.pop("weights_file_bytes", None)
     phases = _phases(records, elapsed)
+    load = expert_load(records)
+    sections = {} if placement is None else {"placement": placed(records, placement, facts.get("transport", ""), load["layers"])}
+    if config.get("run", {}).get("capacity_factor"):
+        sections["capacity"] = capacity(records, config["run"])
+    if config.get("run", {}).get("rebalance_every"):
+        sections["rebalancing"] = rebalancing(records)
     return {
         "format": FORMAT,
         "format_version": VERSION,
@@ -62,18 +74,19 @@ def metrics(records: list[RankRecord], facts: dict) -> dict:
         },
         "requests": {"finished": len(requests), "failed": failed},
         "throughput": throughput,
+        "per_replica": replicas(records, merged_steps(records), elapsed),
         "latency": _latency(requests),
         "steps": _step_figures(records),
         "phases": phases,
-        "communication": _communication(records, elapsed),
+        "communication": _communication(records, elapsed) | {"bubble_predicted_share": predicted},
         "traffic": _traffic(records, throughput["prefill_rows"] + throughput["decode_rows"]),
-        "expert_load": expert_load(records),
+        "expert_load": load,
         "compute": _compute(records),
         "memory": _memory(records),
         "loading": _loading(records, file_bytes),
         "per_rank": [_rank(r, elapsed) for r in records],
         "config": config,
-    }
+    } | sections
 
 
 def _over(amount: float, by: float | None) -> float | None:
@@ -192,20 +205,34 @@ def _idle_s(record: RankRecord, elapsed: float) -> float:
     return _waits(record, IDLE_WAITS) + max(0.0, elapsed - seen)
 
 
+def _exposed_s(record: RankRecord) -> float:
+    """Seconds that messages cost this rank, waiting for them or handing them to MPI: what compute has not hidden."""
+    return _waits(record, EXPOSED) + _sum(record.post_s, EXPOSED)
+
+
+def _bubble_s(record: RankRecord, end_s: dict[int, float]) -> float:
+    """Seconds in which the pipeline had nothing for this rank's stage: it waited for another one, or had ended before its replica did (end_s)."""
+    return _waits(record, IDLE_WAITS) + end_s[record.dp] - record.run_s
+
+
 def _waits(record: RankRecord, kinds) -> float:
-    return fsum(record.wait_s.get(kind, 0.0) for kind in kinds)
+    return _sum(record.wait_s, kinds)
+
+
+def _sum(amounts: dict, kinds) -> float:
+    return fsum(amounts.get(kind, 0) for kind in kinds)
 
 
 def _phases(records, elapsed: float) -> dict:
     phases = {}
-    for name, kind in PHASES.items():
-        busy = [r.busy_s.get(kind, 0.0) for r in records]
-        wait = [0.0 if kind in IDLE_WAITS else r.wait_s.get(kind, 0.0) for r in records]
+    for name, kinds in PHASES.items():
+        busy = [_sum(r.busy_s, kinds) for r in records]
+        wait = [0.0 if kinds == IDLE_WAITS else _waits(r, kinds) for r in records]
         phases[name] = _phase([b + w for b, w in zip(busy, wait)], elapsed) | {
-            "busy_s": _mean(busy), "wait_s": _mean(wait)}
+            "busy_s": _mean(busy), "wait_s": _mean(wait), "gpu_s": _mean(_sum(r.device_s, kinds) for r in records)}
     waits = _mean(_waits(r, IDLE_WAITS) for r in records)
     phases["idle"] = _phase([_idle_s(r, elapsed) for r in records], elapsed) | {
-        "busy_s": 0.0, "wait_s": waits}
+        "busy_s": 0.0, "wait_s": waits, "gpu_s": 0.0}
     return phases
 
 
@@ -216,23 +243,28 @@ def _phase(seconds: list[float], elapsed: float) -> dict:
 
 
 def _communication(records, elapsed: float) -> dict:
-    exposed = [_waits(r, EXPOSED) for r in records]
+    exposed = [_exposed_s(r) for r in records]
     leaders = [r for r in records if r.leader] or records
-    bubble = _mean(_waits(r, IDLE_WAITS) for r in leaders)
-    moe = fsum(r.busy_s.get(k, 0.0) + r.wait_s.get(k, 0.0) for r in records for k in MOE)
-    expert = fsum(r.busy_s.get("EXPERT", 0.0) for r in records)
-    return {"exposed_mean_s": _mean(exposed), "exposed_min_s": min(exposed),
-            "exposed_max_s": max(exposed), "exposed_share": _over(_mean(exposed), elapsed),
-            "exposed_leaders_share": _over(_mean(_waits(r, EXPOSED) for r in leaders), elapsed),
+    end_s = {}
+    for r in records:
+        end_s[r.dp] = max(r.run_s, end_s.get(r.dp, r.run_s))
+    bubble = _mean(_bubble_s(r, end_s) for r in leaders)
+    moe = fsum(r.work_s(k) + r.wait_s.get(k, 0.0) for r in records for k in MOE)
+    expert = fsum(r.work_s("EXPERT") for r in records)
+    return {"exposed_comm_s": fsum(exposed), "exposed_comm_mean_s": _mean(exposed), "exposed_comm_min_s": min(exposed),
+            "exposed_comm_max_s": max(exposed), "exposed_wait_mean_s": _mean(_waits(r, EXPOSED) for r in records),
+            "exposed_post_mean_s": _mean(_sum(r.post_s, EXPOSED) for r in records),
+            "exposed_comm_share": _over(_mean(exposed), elapsed),
+            "exposed_comm_leaders_share": _over(_mean(_exposed_s(r) for r in leaders), elapsed),
             "bubble_s": bubble, "bubble_share": _over(bubble, elapsed),
             "expert_share_of_moe": _over(expert, moe)}
 
 
 def _compute(records) -> dict:
     flop = float(sum(r.expert_flop for r in records))
-    busy = fsum(r.busy_s.get("EXPERT", 0.0) for r in records)
+    busy = fsum(r.work_s("EXPERT") for r in records)
     rate = _over(flop, busy)
-    return {"expert_rows": sum(r.expert_rows for r in records), "expert_flop": flop,
+    return {"expert_rows": sum(r.expert_rows for r in records if not r.shard), "expert_flop": flop,
             "expert_gflop_per_s_per_rank": None if rate is None else rate / 1e9}
 
 
@@ -241,9 +273,10 @@ def _traffic(records, rows: int) -> dict:
     columns = {"rows_own": "rows_own", "rows_within_nodes": "rows_intra",
                "rows_between_nodes": "rows_inter", "bytes_within_nodes": "bytes_intra",
                "bytes_between_nodes": "bytes_inter"}
-    report = {kind.lower(): {name: int(sum(getattr(r, source).get(kind, 0) for r in records))
-                             for name, source in columns.items()} for kind in MOVES}
-    report["total"] = {name: sum(report[kind.lower()][name] for kind in MOVES)
+    moves = {name: kinds for name, kinds in PHASES.items() if set(kinds) <= set(MOVES)}
+    report = {move: {name: int(sum(_sum(getattr(r, source), kinds) for r in records)) for name, source in columns.items()}
+              for move, kinds in moves.items()}
+    report["total"] = {name: sum(report[move][name] for move in moves)
                        for name in ("bytes_within_nodes", "bytes_between_nodes")}
     report["total"]["bytes_per_token"] = _over(sum(report["total"].values()), rows)
     return report
@@ -269,11 +302,11 @@ def _loading(records, file_bytes: int | None) -> dict:
 
 
 def _rank(r: RankRecord, elapsed: float) -> dict:
-    return {"rank": r.rank, "host": r.host, "node": r.node, "dp": r.dp, "stage": r.stage,
-            "place": r.place, "leader": bool(r.leader), "layers": [int(n) for n in r.layers],
-            "experts": [int(n) for n in r.experts], "run_s": r.run_s,
-            "expert_s": r.busy_s.get("EXPERT", 0.0), "exposed_s": _waits(r, EXPOSED),
+    return {"rank": r.rank, "host": r.host, "device": r.device, "node": r.node, "dp": r.dp, "stage": r.stage,
+            "place": r.place, "shard": r.shard, "leader": bool(r.leader), "layers": [int(n) for n in r.layers],
+            "slots": [int(n) for n in r.slots], "experts": [row.tolist() for row in r.seated[-1].expert_ls], "run_s": r.run_s,
+            "expert_s": r.work_s("EXPERT"), "exposed_comm_s": _exposed_s(r), "exposed_post_s": _sum(r.post_s, EXPOSED),
             "idle_s": _idle_s(r, elapsed), "expert_rows": int(r.expert_rows),
-            "weights_bytes": int(r.weights_bytes), "kv_bytes": int(r.kv_bytes),
+            "weights_bytes": int(r.weights_bytes), "weights_predicted_bytes": int(r.weights_predicted_bytes), "kv_bytes": int(r.kv_bytes),
             "buffer_bytes": int(r.buffer_bytes), "peak_rss_bytes": int(r.peak_rss_bytes),
             "load_s": r.load_s, "read_bytes": int(r.bytes_read)}

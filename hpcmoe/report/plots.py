@@ -11,9 +11,9 @@ from hpcmoe.report.trace import read_trace
 
 # the exchange in blues, arithmetic in warm colours, messages between stages in greens
 COLOURS = {
-    "RECV": "#a6d96a", "ATTEND": "#fdae61", "GATE": "#fee08b", "COUNTS": "#c6dbef",
+    "RECV": "#a6d96a", "EMBED": "#e0ecb4", "ATTEND": "#fdae61", "REDUCE_ATTEND": "#bcbddc", "GATE": "#fee08b", "COUNTS": "#c6dbef",
     "DISPATCH": "#6baed6", "EXPERT": "#d7301f", "COMBINE": "#2171b5", "MERGE": "#fcc5c0",
-    "REDUCE": "#9e9ac8", "SEND": "#1a9641", "SAMPLE": "#756bb1",
+    "REDUCE_MERGE": "#9e9ac8", "SEND": "#1a9641", "SAMPLE": "#756bb1",
 }
 DARK = ("EXPERT", "COMBINE", "SEND", "SAMPLE")  # their cells have white text
 WAIT = "#d9d9d9"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hpcmoe.files import replacing
 
 
 WIDTH = 100
-LAYERS_SHOWN = 4
+LAYERS_SHOWN, REPLICAS_SHOWN = 4, 4
 LONG = 1e9  # from here on a number in full is too wide for a column
 
 
@@ -78,8 +79,8 @@ def columns(title: str, heads: list[str], rows: list[tuple], cell: int = 12) -> 
 # ---------------------------------------------------------------- the report
 def render(report: dict, width: int = WIDTH) -> str:
     """The report as text: sections, aligned columns, units; at most about 60 lines."""
-    sections = [_run(report, width), _throughput(report), _latency(report),
-                _phases(report, width), _traffic(report), _expert_load(report),
+    sections = [_run(report, width), _throughput(report), _replicas(report), _latency(report),
+                _phases(report, width), _traffic(report), _expert_load(report), _capacity(report), _placement(report), _rebalancing(report),
                 _memory(report, width)]
     rule = "=" * min(width, WIDTH)
     body = "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -92,6 +93,10 @@ def _run(report: dict, width: int) -> list[str]:
     if isinstance(schedule, dict):
         schedule = ", ".join(words(value) if name == "name" else f"{name} {words(value)}"
                              for name, value in schedule.items()).replace("_", "-")
+    tried = run.get("lane_trial")
+    if isinstance(tried, dict):
+        one, two = (f"{number(s)} s" if isinstance(s, float) else words(s) for s in map(tried.get, ("one_lane_s", "two_lanes_s")))
+        schedule = f"{words(schedule)} (MoE layers on one lane {one}, on two {two})"
     setting = [f"{name} {words(run[name])}" for name in ("leaders", "transport", "dtype", "threads")
                if name in run]
     model = run.get("model", {})
@@ -99,11 +104,13 @@ def _run(report: dict, width: int) -> list[str]:
         ("Report", f"task {run.get('task', '-')}; {report['num_requests']:,} requests finished, "
                    f"{report['requests']['failed']:,} failed; "
                    f"{number(report['elapsed_time'])} s"),
+        *_simulated(run.get("simulated")),
         ("model", words(model)),
         ("ranks", f"{run['ranks']} on {run['nodes']} node{'s' if run['nodes'] > 1 else ''}: "
                   + words(run["hosts"])),
         ("layout", "; ".join([words(run.get("layout", "-")), *setting])),
         ("schedule", words(schedule)),
+        *_gpus(run.get("gpus")),
         ("MPI", bare(run.get("mpi", "-")) + "; products: " + bare(run.get("linear", "-"))),
         ("versions", words(run.get("versions", "-"))),
     ]
@@ -112,6 +119,25 @@ def _run(report: dict, width: int) -> list[str]:
         shown += textwrap.wrap(f"{name:<10}{text}", width, subsequent_indent=" " * 10,
                                break_on_hyphens=False)
     return shown
+
+
+def _simulated(facts) -> list[tuple[str, str]]:
+    """That nothing was run: on what the schedule was clocked, and what a real run does not know."""
+    if not isinstance(facts, dict):
+        return []
+    link = facts["busiest_link"]
+    return [("SIMULATED", f"on {facts['cluster']}; kernels as calibrated on {facts['calibration']}; load of experts: {facts['load']}"),
+            ("", f"{number(facts['gpu_s_per_million_output_tokens'])} rank-seconds per million output tokens; busiest link: "
+                 f"{link['kind']} {link['number']}, {percent(link['busy_share'])} of the time; memory of a rank: "
+                 f"{size(facts['memory_used_max_bytes'])} of {size(facts['memory_bytes'])}")]
+
+
+def _gpus(gpus) -> list[tuple[str, str]]:
+    """The kinds of GPUs, and how many ranks drive one."""
+    if not isinstance(gpus, list) or not gpus:
+        return []
+    kinds = Counter(str(gpu).split(",", maxsplit=1)[0] for gpu in gpus)
+    return [("GPUs", "; ".join(f"{n} x {name}" for name, n in kinds.items()))]
 
 
 def _throughput(report: dict) -> list[str]:
@@ -129,6 +155,19 @@ def _throughput(report: dict) -> list[str]:
     return columns("Throughput", ["tokens", "seconds", "tokens/s", "per rank"], rows, 14)
 
 
+def _replicas(report: dict) -> list[str]:
+    """A row per replica; where there are many, the least, mean and most of each figure. Nothing for a single one."""
+    names = ("requests", "prompt_tokens", "output_tokens", "total_tokens_per_s", "busy_s", "last_finish_s", "idle_end_s")
+    found = report["per_replica"]
+    rows = [(f"replica {x['dp']}", *(number(x[name]) for name in names)) for x in found]
+    if len(found) > REPLICAS_SHOWN:
+        values = [[x[name] for x in found if x[name] is not None] or [None] for name in names]
+        rows = [(f"{len(found)}, {what}", *(number(None if v == [None] else func(v)) for v in values))
+                for what, func in (("least", min), ("mean", lambda v: sum(v) / len(v)), ("most", max))]
+    heads = ["requests", "prompt", "output", "tokens/s", "busy s", "finish s", "idle s"]
+    return columns("Replicas", heads, rows, 11) if len(found) > 1 else []
+
+
 def _latency(report: dict) -> list[str]:
     titles = {"ttft": "TTFT", "ttft_admitted": "TTFT, admitted", "tpot": "TPOT",
               "request": "whole request"}
@@ -142,16 +181,18 @@ def _latency(report: dict) -> list[str]:
 
 
 def _phases(report: dict, width: int) -> list[str]:
-    rows = []
+    rows, gpu = [], any(p.get("gpu_s") for p in report["phases"].values())
     for name, p in report["phases"].items():
         if p["max_s"] > 0:
             rows.append((name, percent(p["share"]), number(p["mean_s"]), number(p["min_s"]),
-                         number(p["max_s"]), number(p["wait_s"])))
+                         number(p["max_s"]), number(p["wait_s"]), *([number(p["gpu_s"])] if gpu else [])))
     c, work = report["communication"], report["compute"]
-    lines = columns("Time per rank", ["share", "mean s", "min s", "max s", "waited s"], rows)
+    heads = ["share", "mean s", "min s", "max s", "waited s"] + ["GPU s"] * gpu
+    lines = columns("Time per rank", heads, rows)
     return lines + note(
-        f"exposed communication {percent(c['exposed_share'])}, pipeline bubble "
-        f"{percent(c['bubble_share'])}; experts take {percent(c['expert_share_of_moe'])} of the "
+        f"exposed communication {percent(c['exposed_comm_share'])} (waiting {number(c['exposed_wait_mean_s'])} s, posting "
+        f"{number(c['exposed_post_mean_s'])} s per rank), pipeline bubble {percent(c['bubble_share'])} "
+        f"({percent(c['bubble_predicted_share'])} predicted from the schedule); experts take {percent(c['expert_share_of_moe'])} of the "
         f"MoE layers, at {number(work['expert_gflop_per_s_per_rank'])} GFLOP/s per rank", width)
 
 
@@ -179,6 +220,41 @@ def _expert_load(report: dict) -> list[str]:
                          number(load[f"max_over_mean_steps_{what}"]), ""))
     heads = ["rows", "busiest", "mean", "max/mean", "in a step", "without rows"]
     return columns("Expert load", heads, rows, 13) if rows else []
+
+
+def _rebalancing(report: dict) -> list[str]:
+    """By layer: how often its experts changed seats, what travelled, and the busiest place over the mean, on average over the changes."""
+    rows = []
+    for layer in sorted({x["layer"] for x in report.get("rebalancing", [])})[:LAYERS_SHOWN]:
+        made = [x for x in report["rebalancing"] if x["layer"] == layer and x["switch_step"] is not None]
+        seen = [x for x in made if x["heaviest_over_mean_after"] is not None]
+        figures = [" -> ".join(number(sum(x[f"heaviest_over_mean_{when}{how}"] for x in part) / len(part)) if part else "-" for when in ("before", "after"))
+                   for how, part in (("_predicted", made), ("", seen))]
+        rows.append((f"layer {layer}", number(len(made)), number(sum(x["experts_moved"] for x in made)),
+                     size(sum(x["moved_bytes"] for x in made)), *figures))
+    return columns("Rebalancing", ["changes", "experts", "bytes", "busiest/mean", "counted"], rows, 15) if rows else []
+
+
+def _capacity(report: dict) -> list[str]:
+    if "capacity" not in report:
+        return []
+    c = report["capacity"]
+    return ["Capacity factor"] + note(f"{number(c['capacity_factor'])} changes results: {number(c['rerouted_rows'])} rows rerouted, "
+                                      f"{number(c['dropped_rows'])} dropped")
+
+
+def _placement(report: dict) -> list[str]:
+    if "placement" not in report:
+        return []
+    rows = []
+    for x in report["placement"]["layers"][:LAYERS_SHOWN]:
+        names = ("rows_between_nodes", "rows_busiest_link", "rows_busiest_rank")
+        rows.append((f"layer {x['layer']}", *(f"{_whole(x[name + '_predicted'])} / {number(x[name])}" for name in names)))
+    return columns("Predicted / counted", ["rows between nodes", "busiest link", "busiest rank"], rows, 22) if rows else []
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else number(round(value))
 
 
 def _memory(report: dict, width: int) -> list[str]:

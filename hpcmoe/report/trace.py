@@ -1,7 +1,8 @@
 """Spans of all ranks as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
 The JSON is the Trace Event Format: a complete event (ph X) per span, metadata (M) for names and
-order, flow events (s, f) for the arrows. One process per rank, one thread per micro-batch.
+order, flow events (s, f) for the arrows. One process per rank, one thread per micro-batch, and one for what it
+does on the GPU.
 """
 
 from __future__ import annotations
@@ -60,34 +61,34 @@ def _events(records: list[RankRecord], origin: float):
         threads = {}
         for span in sorted(record.spans, key=lambda s: (s.start_s, s.end_s)):
             start, end = (round((t - origin) * 1e9) for t in (span.start_s, span.end_s))
-            tid, new = _thread(threads, span.micro, start, end)
+            tid, new = _thread(threads, 2 * span.micro + span.device, start, end)
             if new:
-                yield _meta("thread_name", pid, tid, {"name": f"micro-batch {span.micro}"})
+                yield _meta("thread_name", pid, tid, {"name": f"micro-batch {span.micro}" + " on the GPU" * span.device})
                 yield _meta("thread_sort_index", pid, tid, {"sort_index": tid})
             place = Slice(pid, tid, start, end)
             yield _complete(span, place)
-            if record.leader:
+            if record.leader and not span.device:
                 _remember(record, span, place, last_stage, sources, targets)
     yield from _arrows(sources, targets)
 
 
-def _thread(threads: dict, micro: int, start: int, end: int) -> tuple[int, bool]:
+def _thread(threads: dict, row: int, start: int, end: int) -> tuple[int, bool]:
     """The thread for a span, and whether it is new.
 
     Slices of one thread must not overlap in part. Where spans of a micro-batch do (streams of a
     GPU), the later one goes to a further thread of the same name.
     """
-    ends = threads.setdefault(micro, [])
+    ends = threads.setdefault(row, [])
     for i, last in enumerate(ends):
         if start >= last:
             ends[i] = end
-            return _tid(micro, i), False
+            return _tid(row, i), False
     ends.append(end)
-    return _tid(micro, len(ends) - 1), True
+    return _tid(row, len(ends) - 1), True
 
 
-def _tid(micro: int, extra: int) -> int:
-    return FIRST_ID + 100 * micro + extra
+def _tid(row: int, extra: int) -> int:
+    return FIRST_ID + 50 * row + extra
 
 
 def _remember(record, span: Span, place: Slice, last_stage: int, sources, targets) -> None:
@@ -129,7 +130,7 @@ def _meta(name: str, pid: int, tid: int, args: dict) -> str:
 def _complete(span: Span, place: Slice) -> str:
     name = f"{'wait ' if span.wait else ''}{span.kind} {span.layer}"
     look = ', "cname": "grey"' if span.wait else ""
-    return (f'{{"ph": "X", "name": "{name}", "cat": "{"wait" if span.wait else "op"}"{look}, '
+    return (f'{{"ph": "X", "name": "{name}", "cat": "{"gpu" if span.device else "wait" if span.wait else "op"}"{look}, '
             f'"pid": {place.pid}, "tid": {place.tid}, "ts": {_microseconds(place.start)}, '
             f'"dur": {_microseconds(place.end - place.start)}, "args": {{"kind": "{span.kind}", '
             f'"layer": {span.layer}, "micro": {span.micro}, "step": {span.step}}}}}')
@@ -172,4 +173,4 @@ def _span(event: dict) -> Span:
         raise KeyError(args["kind"])
     start = event["ts"] / 1e6
     return Span(args["kind"], args["layer"], args["micro"], args["step"], start,
-                start + event["dur"] / 1e6, event["cat"] == "wait")
+                start + event["dur"] / 1e6, event["cat"] == "wait", event["cat"] == "gpu")

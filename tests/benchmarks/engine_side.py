@@ -16,6 +16,7 @@ from hpcmoe import job as jobs
 from hpcmoe import launch, linear
 from hpcmoe.config import JobConfig, OutputJob, RunJob, ThroughputJob, WeightsJob
 from hpcmoe.data.weights import WeightsFile
+from hpcmoe.prepare import prepare
 from hpcmoe.report.metrics import MOE
 from workloads import SEED, Workload
 
@@ -71,7 +72,7 @@ class Rank:
             run=RunJob(batch_tokens=w.sequences * w.prompt, prefill_chunk=w.prompt, max_sequences=w.sequences,
                        context=self.context, stall_s=3600.0),
             throughput=ThroughputJob(sequences, w.prompt, output, SEED))
-        mine = jobs._prepare(config, self.comm.size) if self.comm.rank == 0 else None
+        mine = prepare(config, self.comm.size) if self.comm.rank == 0 else None
         shared = self.comm.bcast(mine.public() if mine else None)
         return jobs.Session(self.comm, shared, mine, lambda step: None, lambda text: None)
 

@@ -1,0 +1,132 @@
+"""The command line of `hpcmoe calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hpcmoe.errors import EXIT_OK, UserError
+
+EXAMPLES = """examples:
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 hpcmoe calibrate measure --output mine.toml
+  hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
+  hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
+  hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --table h100_sxm_gemm_bf16.csv --hold-out 5120,14336,3584
+"""
+
+
+def add_parser(subparsers) -> None:
+    """Adds `calibrate` and its sub-commands."""
+    p = subparsers.add_parser("calibrate", help="numbers for the simulator: what kernels and links take", epilog=EXAMPLES,
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              description="Numbers for the simulator, and how far they are off.")
+    commands = p.add_subparsers(dest="calibrate_command", required=True, metavar="COMMAND")
+    measured = commands.add_parser("measure", help="measure this machine's CPU and write a calibration file",
+                                   description="Measures products, attention and passes over rows as a rank on one core makes them, in "
+                                   "about half a minute, writes a calibration file, and prints its error, also on cases held out.")
+    measured.add_argument("--output", required=True, metavar="FILE", help="the calibration file")
+    measured.add_argument("--backend", choices=("auto", "numpy", "onednn"), default="auto", help="as weights.backend (default auto)")
+    measured.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
+    measured.add_argument("--machine", default="", metavar="NAME", help="what to call the machine (default: its processor)")
+    measured.set_defaults(handler=_measure)
+    gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
+                               description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
+                               "on rows held out.")
+    gemm.add_argument("table", help="CSV with columns m, n, k, latency_ms, or .json of bench gpu")
+    gemm.add_argument("--chip", required=True, metavar="NAME", help="whose peaks are not fitted: h100_sxm, h200_sxm")
+    gemm.set_defaults(handler=_fit_gemm)
+    check = commands.add_parser("check", help="a calibration file against a table of measured products",
+                                description="Prints the error of a calibration file's products, by rows m.")
+    check.add_argument("calibration", help="a calibration file (inputs/calibrations/*.toml)")
+    check.add_argument("--table", required=True, metavar="FILE", help="CSV with columns m, n, k, latency_ms, or .json of bench gpu")
+    check.set_defaults(handler=_check)
+    for one in (gemm, check):
+        one.add_argument("--hold-out", type=_sizes, default=(), metavar="N,N", help="rows with n or k of these: not fitted, judged apart")
+    links = commands.add_parser("fit-links", help="fit links within a node to a table of NCCL's collectives",
+                                description="Prints for each collective what GPUs of a node reach over their links, and the error.")
+    links.add_argument("table", help="CSV with columns op_name, num_gpus, elements_fp16, latency_ms")
+    links.add_argument("--port-gb-per-s", type=float, required=True, metavar="GB/S", help="a GPU's port, each way: efficiency refers to it")
+    links.add_argument("--hold-out", type=_sizes, default=(), metavar="N,N", help="rows with so many GPUs: not fitted, judged apart")
+    links.set_defaults(handler=_fit_links)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Of --hold-out: integers with commas between."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected integers with commas between") from None
+
+
+def _two_parts(rows, held) -> tuple:
+    """(rows to fit, rows held out). UserError where one of them would be empty."""
+    if held.all() or (held.any() and (~held).sum() < 20):
+        raise UserError("--hold-out leaves too few rows to fit: expected at least 20")
+    return rows.where(~held), rows.where(held)
+
+
+def _measure(args) -> int:
+    import datetime
+    import os
+
+    from hpcmoe.cluster import measure
+    from hpcmoe.cluster.kernels import calibration_toml
+    from hpcmoe.doctor import cpu
+    from hpcmoe.files import replacing
+    machine = args.machine or f"one core of {cpu()[0]}"
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
+    found = measure.measure(machine, source, args.backend, args.dtype, lambda text: print(text, flush=True))
+    width = max(map(len, found.errors))
+    errors = [f"{title:<{width}}  {error}" for title, error in found.errors.items()]
+    with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
+        file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(found.calibration))
+    print("\n".join(errors) + f"\ncalibration in {args.output}")
+    return EXIT_OK
+
+
+def _fit_gemm(args) -> int:
+    from hpcmoe.cluster import gemm_fit
+    from hpcmoe.cluster.kernels import gemm_toml
+    if args.chip not in gemm_fit.CHIPS:
+        raise UserError(f"--chip {args.chip}: expected one of {', '.join(gemm_fit.CHIPS)}")
+    rows = gemm_fit.read_products(args.table)
+    fitted, held = _two_parts(rows, rows.held_out(args.hold_out))
+    model = gemm_fit.fit(gemm_fit.CHIPS[args.chip], fitted, lambda i, rms: print(f"# {i}: root mean square of log {rms:.4f}", flush=True))
+    print(gemm_toml(model) + f"\n# fitted    {gemm_fit.error(model, fitted)}")
+    if len(held.m):
+        print(f"# held out  {gemm_fit.error(model, held)}")
+    return EXIT_OK
+
+
+def _check(args) -> int:
+    import numpy as np
+
+    from hpcmoe.cluster import gemm_fit
+    from hpcmoe.cluster.kernels import read_calibration
+    model, rows = read_calibration(args.calibration).gemm, gemm_fit.read_products(args.table)
+    held = rows.held_out(args.hold_out)
+    for m in np.unique(rows.m):
+        print(f"m = {m:<6}  {gemm_fit.error(model, rows.where(rows.m == m))}")
+    for title, part in (("others", ~held), ("held out", held)) if held.any() else (("all", ~held),):
+        if part.any():
+            print(f"{title:<10}  {gemm_fit.error(model, rows.where(part))}")
+    return EXIT_OK
+
+
+def _fit_links(args) -> int:
+    import numpy as np
+
+    from hpcmoe.cluster import links_fit
+    if not args.port_gb_per_s > 0:
+        raise UserError(f"--port-gb-per-s {args.port_gb_per_s}: expected a number > 0")
+    rows = links_fit.read_collectives(args.table)
+    for op in dict.fromkeys(rows.op.tolist()):
+        mine = rows.where(rows.op == op)
+        fitted, held = _two_parts(mine, np.isin(mine.gpus, args.hold_out))
+        model = links_fit.fit_links(fitted)
+        print(f"{op}: small messages {model.small_us:g} us + bytes / {model.small_gb_per_s:g} GB/s, large ones {model.large_us:g} us + "
+              f"bytes / {model.large_gb_per_s:g} GB/s (efficiency {model.large_gb_per_s / args.port_gb_per_s:.3f}), and "
+              f"{model.step_us:g} us per GPU beyond two\n  fitted    {links_fit.link_error(model, fitted)}")
+        if len(held.op):
+            print(f"  held out  {links_fit.link_error(model, held)}")
+    return EXIT_OK

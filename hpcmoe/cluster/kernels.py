@@ -1,0 +1,175 @@
+"""What a rank's kernels take, in seconds: from a calibration file (inputs/calibrations/*.toml).
+
+Attention is a roofline with efficiencies: the longer of arithmetic and reading keys and values. Whatever passes over
+rows once (norms, rotary positions, routing, permuting, merging) is priced by its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcmoe.cluster.gemm import GemmModel
+from hpcmoe.config import from_dict
+from hpcmoe.errors import at
+from hpcmoe.files import read_toml
+
+SHIPPED = Path(__file__).resolve().parents[2] / "inputs" / "calibrations"
+
+
+@dataclass(frozen=True)
+class AttentionModel:
+    """What attention takes.
+
+    prefill_gflop_per_s, decode_gflop_per_s: of the two products with keys and values; kv_gb_per_s: of reading them; score_ns:
+    for each score of each head besides (softmax, where it is not hidden); chunk_part: of a chunk's own square of scores
+    that is computed: 0.5 where what no row may see is left out, 1 where it is masked. floor_us: of one call; segment_us:
+    of each prefill chunk, row_us: of each decode row besides.
+    """
+
+    prefill_gflop_per_s: float
+    decode_gflop_per_s: float
+    kv_gb_per_s: float
+    score_ns: float
+    chunk_part: float
+    floor_us: float
+    segment_us: float
+    row_us: float
+
+
+@dataclass(frozen=True)
+class ElementwiseModel:
+    """What a pass over rows reaches: gb_per_s, bytes read and written together; floor_us: of one call."""
+
+    gb_per_s: float
+    floor_us: float
+
+
+@dataclass(frozen=True)
+class HostModel:
+    """launch_us: what the host needs to start a kernel; sync_us: what passes after the device's last kernel until the host
+    goes on. On a CPU, where nothing is launched, both are what a call costs."""
+
+    launch_us: float
+    sync_us: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from."""
+
+    machine: str
+    source: str
+    gemm: GemmModel
+    attention: AttentionModel
+    elementwise: ElementwiseModel
+    host: HostModel
+
+    def gemm_s(self, m, n, k) -> np.ndarray:
+        """Products x[m, k] W[k, n]; sizes are broadcast."""
+        return self.gemm.seconds(m, n, k)
+
+    def prefill_s(self, start_q, count_q, heads: int, kv_heads: int, head_dim: int) -> float:
+        """Attention of one call over chunks of prompts: count_q rows from position start_q on.
+
+        4 head_dim flop per score: two for q k, two for the weighted value; keys and values of a chunk are read once.
+        """
+        a, start_q, count_q = self.attention, np.asarray(start_q, dtype=float), np.asarray(count_q, dtype=float)
+        if not count_q.any():
+            return 0.0
+        scores = heads * float((count_q * start_q + a.chunk_part * count_q**2).sum())
+        arithmetic = scores * (4 * head_dim / (a.prefill_gflop_per_s * 1e9) + a.score_ns * 1e-9)
+        keys, rows = float((start_q + count_q).sum()), float(count_q.sum())
+        body = max(arithmetic, self._moved_s(keys, rows, heads, kv_heads, head_dim))
+        return (a.floor_us + a.segment_us * len(count_q)) * 1e-6 + body
+
+    def decode_s(self, keys, rows, heads: int, kv_heads: int, head_dim: int) -> np.ndarray:
+        """Attention of one new token of each of `rows` sequences, with `keys` tokens in their caches altogether."""
+        a, keys, rows = self.attention, np.asarray(keys, dtype=float), np.asarray(rows, dtype=float)
+        arithmetic = heads * keys * (4 * head_dim / (a.decode_gflop_per_s * 1e9) + a.score_ns * 1e-9)
+        body = np.maximum(arithmetic, self._moved_s(keys, rows, heads, kv_heads, head_dim))
+        return np.where(rows > 0, (a.floor_us + a.row_us * rows) * 1e-6 + body, 0.0)
+
+    def _moved_s(self, keys, rows, heads: int, kv_heads: int, head_dim: int):
+        """Reading keys, values and queries, writing rows."""
+        return self.gemm.item_bytes * head_dim * (2 * keys * kv_heads + 2 * rows * heads) / (self.attention.kv_gb_per_s * 1e9)
+
+    def elementwise_s(self, nbytes) -> np.ndarray:
+        """One pass that reads and writes so many bytes altogether; 0 for none."""
+        nbytes = np.asarray(nbytes, dtype=float)
+        return np.where(nbytes > 0, self.elementwise.floor_us * 1e-6 + nbytes / (self.elementwise.gb_per_s * 1e9), 0.0)
+
+    @property
+    def launch_s(self) -> float:
+        """Host time to start a kernel."""
+        return self.host.launch_us * 1e-6
+
+    @property
+    def sync_s(self) -> float:
+        """From the device's last kernel until the host goes on."""
+        return self.host.sync_us * 1e-6
+
+
+# ---------------------------------------------------------------- files
+def find_calibration(name: str, beside: str) -> Path:
+    """The file that a cluster file names: a path relative to it (NAME.toml), or a shipped calibration's name."""
+    if name.endswith(".toml"):
+        return Path(beside).parent / name
+    path = SHIPPED / f"{name}.toml"
+    if not path.exists():
+        raise at(beside, "calibration", name, "a path ending in .toml, or one of " + ", ".join(shipped()))
+    return path
+
+
+def shipped() -> list[str]:
+    """Names of the calibrations that come with the project."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """Raises UserError naming file, key and value."""
+    where = str(path)
+    found = from_dict(Calibration, read_toml(path), where)
+    _check_positive(asdict(found), where)
+    for i, tile in enumerate(found.gemm.tile):
+        if tile.efficiency > 1:
+            raise at(where, f"gemm.tile[{i}].efficiency", tile.efficiency, "a part of the peak: above 0, at most 1")
+    if not found.gemm.tile or min(found.gemm.splits, default=0) != 1:
+        raise at(where, "gemm.splits", list(found.gemm.splits), "1 among them, and at least one [[gemm.tile]]")
+    return found
+
+
+MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us"}
+
+
+def _check_positive(values: dict, where: str, prefix: str = "") -> None:
+    """Every number > 0, a few >= 0, all finite."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_positive(value, where, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                here = f"{prefix}{name}[{i}]"
+                _check_positive(*((item, where, here + ".") if isinstance(item, dict) else ({"": item}, where, here)))
+        elif isinstance(value, (int, float)):
+            if not (0 < value < float("inf") or (value == 0 and name in MAY_BE_ZERO)):
+                raise at(where, prefix + name, value, f"a number {'>=' if name in MAY_BE_ZERO else '>'} 0")
+
+
+def gemm_toml(model: GemmModel) -> str:
+    """[gemm] of a calibration file."""
+    values = {name: value for name, value in vars(model).items() if name != "tile"}
+    return _table("gemm", values) + "".join("\n" + _table("[gemm.tile]", vars(tile)) for tile in model.tile)
+
+
+def calibration_toml(c: Calibration) -> str:
+    """A calibration file's text."""
+    tables = [_table(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host")]
+    return f"machine = {json.dumps(c.machine)}\nsource = {json.dumps(c.source)}\n\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
+
+
+def _table(name: str, values: dict) -> str:
+    return "".join([f"[{name}]\n"] + [f"{key} = {list(value) if isinstance(value, tuple) else value!r}\n" for key, value in values.items()])

@@ -1,0 +1,209 @@
+"""A schedule executed by a clock: the engine's loop (parallel/engine.py), with durations in place of work and a wire in place of MPI.
+
+A *crew* are the ranks of one role: they run one program, and each has a clock of its own (arrays over the crew's ranks). What a rank
+posts is ready when its host, and the device's work that made it, are done. An exchange begins when all ranks that take part have posted it;
+its bytes share links with whatever else is on its way (cluster/fair.py), and it is over one latency after its last byte. As in the
+engine an op is posted where it stands and awaited where it is needed.
+
+Nothing comes too late: crews run until each waits for an exchange that is not over; the earliest begin or end among exchanges
+is then the next thing to happen anywhere, since whatever is posted from now on is posted after it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from typing import Callable, Hashable, NamedTuple
+
+import numpy as np
+
+from hpcmoe.cluster.fair import Wire
+from hpcmoe.parallel.ops import Op, Step
+from hpcmoe.parallel.schedule import Role
+
+
+class Leg(NamedTuple):
+    """Bytes on each link (None: on none), what passes after the last of them, and for how many it shares links (Wire.start)."""
+
+    load_l: np.ndarray | None
+    latency_s: float
+    messages: float = 1.0
+
+
+class Flight(NamedTuple):
+    """What an op leaves in flight. key: the same on all crews that take part in an exchange (None: the device's work alone is awaited);
+    crews: how many they are; legs: what travels, one after the other."""
+
+    key: Hashable
+    crews: int = 1
+    legs: tuple[Leg, ...] = ()
+
+
+class Doing(NamedTuple):
+    """One op of one round on a crew: seconds of host, of posting messages (host too), and of device (None: it has nothing to do),
+    numbers or arrays over the ranks; waits_on: an exchange that others begin, which this op's result is (RECV)."""
+
+    host_s: float | np.ndarray = 0.0
+    post_s: float = 0.0
+    device_s: float | np.ndarray | None = None
+    flight: Flight | None = None
+    waits_on: Hashable = None
+
+
+class Stretch(NamedTuple):
+    """A Span of all ranks of a crew (report/record.py): start_s, end_s are arrays."""
+
+    op: Op
+    round: int
+    start_s: np.ndarray
+    end_s: np.ndarray
+    wait: bool
+    device: bool
+
+
+class Crew:
+    """The ranks of one role. group: of replicas that are alike; program: the role's steps; doing(round, op): what an op is.
+
+    busy_s, wait_s, post_s, device_s: by kind, arrays over the ranks. begun: when (round, op) began, for the ops in `watched`.
+    """
+
+    def __init__(self, group: int, role: Role, ranks: int, program: tuple[Step, ...], rounds: int, doing: Callable[[int, Op], Doing],
+                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset()):
+        self.group, self.role, self.program, self.rounds, self.doing = group, role, program, rounds, doing
+        self.sync_s, self.trace, self.watched = sync_s, trace, watched
+        self.now, self.device = np.zeros(ranks), np.zeros(ranks)
+        self.made: dict[int, np.ndarray] = {}  # by micro-batch: when the device's last work on it is done
+        self.round = self.at = self.need = 0
+        self.pending: dict[Op, tuple[int, Flight | Hashable, np.ndarray]] = {}
+        self.busy_s, self.wait_s, self.post_s, self.device_s = ({} for _ in range(4))
+        self.stretches: list[Stretch] = []
+        self.begun: dict[tuple[int, Op], np.ndarray] = {}
+
+    def _add(self, table: dict, kind: str, seconds) -> None:
+        table[kind] = table.get(kind, 0.0) + seconds
+
+    def _note(self, op: Op, start, end, wait: bool, device: bool = False) -> None:
+        if not device:
+            self._add(self.wait_s if wait else self.busy_s, op.kind, end - start)
+        if self.trace:
+            self.stretches.append(Stretch(op, self.round, start, end, wait, device))
+
+
+class Clock:
+    """All crews and the wire between them. bandwidth_l: bytes/s of every link."""
+
+    def __init__(self, crews: list[Crew], bandwidth_l: np.ndarray):
+        self.crews, self.wire = crews, Wire(bandwidth_l)
+        self.posts: dict[Hashable, tuple[int, float]] = {}  # of exchanges that not all have posted: how many have, when the last did
+        self.over_s: dict[Hashable, float] = {}
+        self.legs: dict[Hashable, tuple[Leg, ...]] = {}  # of exchanges on their way, those that are left
+        self.starting: list[tuple[float, int, Hashable]] = []
+        self.waiting: dict[Hashable, list[Crew]] = {}
+        self.runnable = deque(crews)
+        self.number = 0
+
+    def run(self) -> None:
+        """Until every crew has done its rounds. Raises ValueError for a schedule that does not come to its end."""
+        while True:
+            while self.runnable:
+                self._advance(self.runnable.popleft())
+            if not self._happen():
+                break
+        if any(crew.round < crew.rounds or crew.pending for crew in self.crews):
+            raise ValueError("the schedule does not end")
+
+    # ------------------------------------------------------------ a crew
+    def _advance(self, crew: Crew) -> None:
+        """Runs a crew until it waits for an exchange that is not over, or ends."""
+        while crew.round < crew.rounds:
+            step = crew.program[crew.at]
+            while crew.need < len(step.needs):
+                if not self._await(crew, step.needs[crew.need]):
+                    return
+                crew.need += 1
+            self._do(crew, step.op)
+            crew.need, crew.at = 0, crew.at + 1
+            if crew.at == len(crew.program):
+                crew.round, crew.at = crew.round + 1, 0
+        while crew.pending:
+            if not self._await(crew, next(iter(crew.pending))):
+                return
+
+    def _await(self, crew: Crew, need: Op) -> bool:
+        """Whether a needed op's result is there; if so the crew has waited for it."""
+        found = crew.pending.get(need)
+        if found is None:
+            return True
+        key, ready = found
+        if key is not None:
+            if key not in self.over_s:
+                self.waiting.setdefault(key, []).append(crew)
+                return False
+            ready = self.over_s[key]
+        del crew.pending[need]
+        end = np.maximum(crew.now, ready)
+        crew._note(need, crew.now, end, True)
+        crew.now = end
+        return True
+
+    def _do(self, crew: Crew, op: Op) -> None:
+        doing = crew.doing(crew.round, op)
+        start = crew.now
+        if op in crew.watched:
+            crew.begun[crew.round, op] = start
+        end = start + (doing.host_s + doing.post_s)
+        crew._note(op, start, end, False)
+        if doing.post_s:
+            crew._add(crew.post_s, op.kind, doing.post_s)
+        crew.now = end
+        if doing.device_s is not None:
+            begin = np.maximum(crew.device, end)
+            crew.device = crew.made[op.micro] = begin + doing.device_s
+            crew._add(crew.device_s, op.kind, doing.device_s)
+            crew._note(op, begin, crew.device, False, True)
+        if doing.flight is not None:
+            ready = end if op.micro not in crew.made else np.maximum(end, crew.made[op.micro] + crew.sync_s)
+            crew.pending[op] = (doing.flight.key, ready)
+            if doing.flight.key is not None:
+                self._post(doing.flight, float(ready.max()))
+        elif doing.waits_on is not None:
+            crew.pending[op] = (doing.waits_on, None)
+
+    # ------------------------------------------------------------ exchanges
+    def _post(self, flight: Flight, ready: float) -> None:
+        count, last = self.posts.pop(flight.key, (0, 0.0))
+        count, last = count + 1, max(last, ready)
+        if count < flight.crews:
+            self.posts[flight.key] = (count, last)
+        else:
+            self.legs[flight.key] = flight.legs
+            self._next_leg(flight.key, last)
+
+    def _next_leg(self, key: Hashable, now: float) -> None:
+        """The next leg of an exchange that takes time on links is to start, or the exchange is over."""
+        while self.legs[key]:
+            leg = self.legs[key][0]
+            if leg.load_l is not None:
+                self.number += 1
+                heapq.heappush(self.starting, (now, self.number, key))
+                return
+            self.legs[key], now = self.legs[key][1:], now + leg.latency_s
+        del self.legs[key]
+        self.over_s[key] = now
+        self.runnable.extend(self.waiting.pop(key, []))
+
+    def _happen(self) -> bool:
+        """The next begin or end of an exchange; False where there is none."""
+        due = self.wire.next_end()
+        if due is not None and (not self.starting or due[0] <= self.starting[0][0]):
+            now, key = due
+            self.wire.end(key)
+            leg, *self.legs[key] = self.legs[key]
+            self._next_leg(key, now + leg.latency_s)
+        elif self.starting:
+            now, _, key = heapq.heappop(self.starting)
+            leg = self.legs[key][0]
+            self.wire.start(now, key, leg.load_l, leg.messages)
+        else:
+            return False
+        return True

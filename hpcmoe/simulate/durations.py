@@ -1,0 +1,128 @@
+"""What an op takes of its rank's host and of its device, from a calibration: the kernels of compute/host.py and compute/gpu_leader.py.
+
+On a CPU the host does everything. A GPU is given its kernels by the host, one launch each, or one for all of an op that is replayed as
+a CUDA graph (steps without prompt chunks, ranks with one expert).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from hpcmoe.cluster.kernels import Calibration
+from hpcmoe.config import ModelConfig
+from hpcmoe.kernels.e4m3 import fp8_width
+from hpcmoe.simulate.workload import Rows
+
+FP32 = 4
+
+
+class Took(NamedTuple):
+    """Seconds of the host and of its device (0 on a CPU)."""
+
+    host_s: float = 0.0
+    device_s: float = 0.0
+
+
+class Durations:
+    """model: as the largest tensor shard sees it; whole: all of it; gpu: where kernels are launched; graphs, fp8: as run.graphs and
+    run.dispatch_dtype.
+
+    item: bytes of a number in products; row_bytes, back_bytes: of a row of dispatch and of combine. Every method is of one op of one
+    micro-batch on one rank.
+    """
+
+    def __init__(self, calibration: Calibration, model: ModelConfig, whole: ModelConfig, gpu: bool, graphs: bool, fp8: bool):
+        self.calibration, self.model, self.whole = calibration, model, whole
+        self.gpu, self.graphs, self.fp8 = gpu, graphs, fp8
+        self.item = calibration.gemm.item_bytes
+        self.moved = 2 if gpu else FP32  # bytes of a number that travels to experts and back
+        self.row_bytes, self.back_bytes = fp8_width(whole.d) if fp8 else self.moved * whole.d, self.moved * whole.d
+        self.alone = model is whole
+        self._product = lru_cache(maxsize=None)(lambda m, n, k: float(calibration.gemm_s(m, n, k)))
+
+    # ------------------------------------------------------------ parts
+    def _took(self, seconds: float, launches: int, graph: bool = False) -> Took:
+        if not self.gpu:
+            return Took(seconds)
+        return Took((1 if graph and self.graphs else launches) * self.calibration.launch_s, seconds)
+
+    def _pass(self, nbytes: float) -> float:
+        return float(self.calibration.elementwise_s(nbytes))
+
+    def _norm(self, rows: int, add: bool = False) -> float:
+        """A norm of fp32 rows for a product; add: the residual is added first, and written."""
+        return self._pass(rows * self.whole.d * (FP32 + self.item + (FP32 + self.item if add else 0)))
+
+    # ------------------------------------------------------------ a leader's rows
+    def begin(self, rows: Rows) -> Took:
+        """Embedded tokens, or rows that came in, become the step's."""
+        return self._took(self._pass(rows.count * self.whole.d * (FP32 + self.item)), 1) if rows.count else Took()
+
+    def attend(self, rows: Rows) -> Took:
+        """Norm, query-key-value product, rotary positions, attention, output product; on a CPU the sum with the residual as well."""
+        t, a, d = rows.count, self.model.attention, self.whole.d
+        if not t or not a.heads:
+            return Took()
+        wide = (a.heads + 2 * a.kv_heads) * a.head_dim
+        c, shape = self.calibration, (a.heads, a.kv_heads, a.head_dim)
+        seconds = self._norm(t) + self._product(t, wide, d) + self._pass(2 * t * wide * self.item)
+        seconds += c.prefill_s(rows.start_q, rows.count_q, *shape) + float(c.decode_s(rows.keys, rows.singles, *shape))
+        seconds += self._product(t, d, a.heads * a.head_dim)
+        if not self.gpu and self.alone:
+            seconds += self._pass(3 * FP32 * t * d)
+        return self._took(seconds, 5, graph=not len(rows.count_q))
+
+    def gate(self, rows: Rows) -> Took:
+        """Norm, router product, choice of experts; on a GPU also the rows of all choices in the order of their experts."""
+        t, r = rows.count, self.model.router
+        if not t:
+            return Took()
+        seconds = self._norm(t, add=self.gpu) + self._product(t, r.experts, self.whole.d) + self._pass(FP32 * t * (r.experts + 2 * r.top_k))
+        return self._took(seconds + self.gpu * self._permute(t), 5, graph=not len(rows.count_q))
+
+    def _permute(self, t: int) -> float:
+        k = self.model.router.top_k
+        return self._pass(t * self.whole.d * self.item + t * k * self.row_bytes)
+
+    def dispatch(self, rows: Rows) -> Took:
+        """On a CPU, rows are put into the order of their experts when they leave."""
+        return Took() if self.gpu or not rows.count else Took(self._permute(rows.count))
+
+    def merge(self, rows: Rows) -> Took:
+        t, d = rows.count, self.whole.d
+        return self._took(self._pass(t * d * (self.model.router.top_k * self.moved + 2 * FP32)), 1) if t else Took()
+
+    def sample(self, rows: Rows, shards: int) -> Took:
+        """Norm, head and choice of the rows whose next token is wanted; with tensor shards the first one chooses among all logits."""
+        n, d = rows.wanted, self.whole.d
+        if not n:
+            return Took()
+        seconds = self._norm(n) + self._product(n, self.model.vocab, d) + self._pass(n * FP32 * self.model.vocab)
+        return self._took(seconds + self._pass(n * FP32 * self.whole.vocab), 3 + (shards > 1))
+
+    def sums(self, rows: Rows, shards: int) -> Took:
+        """A shard's part of a sum: its share of the rows from all shards read, and the totals added to the rows."""
+        t, d = rows.count, self.whole.d
+        if not t:
+            return Took()
+        return self._took(self._pass(t * d * self.moved * (1 + 1 / shards)) + self._pass(t * d * (self.moved + 2 * FP32)), 2)
+
+    # ------------------------------------------------------------ experts
+    def expert(self, rows_e: tuple[int, ...]) -> Took:
+        """A rank's experts, each on its rows; of several the rows are put in order before and after."""
+        n, x, d = sum(rows_e), self.model.expert, self.whole.d
+        if not n:
+            return Took()
+        some = [rows for rows in rows_e if rows]
+        wide = (1 + x.gated) * x.f
+        seconds = sum(self._product(rows, wide, d) + self._product(rows, d, x.f) for rows in some)
+        seconds += self._pass(n * (wide + x.f) * self.item)
+        launches = 2 * len(some) + 1
+        if self.fp8:
+            seconds, launches = seconds + self._pass(n * (self.row_bytes + d * self.item)), launches + 1
+        if len(rows_e) > 1:
+            seconds, launches = seconds + 2 * self._pass(2 * n * d * self.moved), launches + 2
+        return self._took(seconds, launches, graph=len(rows_e) == 1 and not self.fp8)

@@ -1,0 +1,101 @@
+"""Which rows each step has: the engine's own Batcher, run without a model. Times come later, from the clock.
+
+What a step holds depends on requests alone, not on how long steps take: every leader has all of its requests from the start. So the
+steps of a leader are made before anything is timed, and leaders with equally long requests have them made once. The clock that the
+Batcher asks is the number of the step that is about to begin.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hpcmoe.compute.base import Sizes
+from hpcmoe.compute.step import SAMPLED, Batch, Work
+from hpcmoe.parallel.batch import Batcher, Pages
+
+
+class Rows(NamedTuple):
+    """One step of one micro-batch on one leader. start_q, count_q: its chunks of prompts; keys: tokens in the caches of its decode rows
+    and the rows themselves, altogether; singles: rows that look at their cache alone (decode, and chunks of one row); wanted: rows
+    whose next token is sampled; prefill, decode: as the report counts rows."""
+
+    start_q: np.ndarray
+    count_q: np.ndarray
+    keys: float
+    singles: int
+    wanted: int
+    prefill: int
+    decode: int
+
+    @property
+    def count(self) -> int:
+        return self.prefill + self.decode
+
+
+class Served(NamedTuple):
+    """One request: its place among its leader's, the steps in which it was admitted, and after which its first and its last
+    token were there: numbers of steps, round * micro-batches + micro-batch, that begin with these tokens known."""
+
+    place: int
+    prompt: int
+    outputs: int
+    admitted: int
+    first: int
+    end: int
+
+
+class Feed(NamedTuple):
+    """All steps of one leader: rows_rm by round and micro-batch, and what became of its requests."""
+
+    rows_rm: list[list[Rows]]
+    served: list[Served]
+
+
+def feed(lengths: list[tuple[int, int]], sizes: Sizes, chunk: int, window: int) -> Feed:
+    """The steps of a leader with requests of these (prompt, output) lengths.
+
+    sizes: of the run (plan.limits); window: of the attention, 0 for none. All outputs have their full length.
+    """
+    works = [Work(i, np.zeros(prompt, np.int32), outputs, 0.0, 0, 1.0, 0, (), False) for i, (prompt, outputs) in enumerate(lengths)]
+    at = 0
+    pages = Pages(sizes.pages, sizes.page_tokens) if sizes.pages else None
+    batcher = Batcher(works, sizes.micros, sizes.slots, sizes.rows, chunk, False, lambda: at, pages)
+    rows_rm: list[list[Rows]] = []
+    alive = True
+    while alive:
+        rows_m = []
+        for m in range(sizes.micros):
+            at = len(rows_rm) * sizes.micros + m
+            if rows_rm:
+                sampled = rows_rm[-1][m].wanted
+                batcher.accept(m, np.zeros(sampled, np.int64), np.zeros(sampled))
+            batch, _ = batcher.build(m)
+            if m == 0:
+                alive = batch.alive  # what leaders tell each other in the first exchange of a round
+            rows_m.append(_rows(batch, window))
+        rows_rm.append(rows_m)
+    served = [Served(s.work.index, len(s.work.tokens), len(s.output), s.admitted_s, s.first_token_s, s.end_s) for s in batcher.finished]
+    return Feed(rows_rm, served)
+
+
+def even_rounds(feeds: list[Feed]) -> list[Feed]:
+    """The feeds of a replica's leaders with empty steps at the end, so that all have as many rounds: leaders go on while any has work."""
+    none = Rows(np.zeros(0, int), np.zeros(0, int), 0.0, 0, 0, 0, 0)
+    most, made = max(len(feed.rows_rm) for feed in feeds), {}
+    for feed in feeds:
+        if id(feed) not in made:
+            made[id(feed)] = feed._replace(rows_rm=feed.rows_rm + [[none] * len(feed.rows_rm[0])] * (most - len(feed.rows_rm)))
+    return [made[id(feed)] for feed in feeds]
+
+
+def _rows(batch: Batch, window: int) -> Rows:
+    start_q, count_q = batch.segments.start_q, batch.segments.count_q
+    one_q = count_q == 1
+    keys_q = start_q[one_q] + 1
+    if window:
+        keys_q = np.minimum(keys_q, window)
+        start_q = np.minimum(start_q, np.maximum(window - count_q, 0))
+    return Rows(start_q[~one_q], count_q[~one_q], float(keys_q.sum()), int(one_q.sum()), int((batch.emit_q == SAMPLED).sum()),
+                batch.prefill_rows, batch.rows - batch.prefill_rows)

@@ -1,0 +1,3 @@
+"""As cupy.cuda.compiler."""
+
+from .._errors import CompileException  # noqa: F401
