@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from hpcmoe.bench import anchors, cases, record, timing
 from mpi import ROOT, environment
 
