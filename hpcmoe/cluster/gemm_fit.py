@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from hpcmoe.cluster.fit import FitError, least_squares
+from hpcmoe.cluster.fit import FitError, least_squares, rounded
 from hpcmoe.cluster.gemm import GemmModel, Tile
 from hpcmoe.errors import UserError, at
 
@@ -108,7 +108,8 @@ def fit(chip: Chip, rows: Products, tell: Callable[[int, float], None] = lambda 
     """The model of the chip that is nearest to the rows."""
     start = np.concatenate([np.log(list(chip.start.values())), np.full(1 + len(chip.tiles), np.log(FRACTION / (1 - FRACTION)))])
     found = least_squares(lambda x: _model(chip, x).seconds(rows.m, rows.n, rows.k), start, rows.seconds, tell=tell)
-    return rounded(_model(chip, found))
+    model = rounded(_model(chip, found))
+    return replace(model, tile=tuple(map(rounded, model.tile)))
 
 
 def _model(chip: Chip, x: np.ndarray) -> GemmModel:
@@ -118,15 +119,6 @@ def _model(chip: Chip, x: np.ndarray) -> GemmModel:
     tiles = tuple(Tile(*shape, e) for shape, e in zip(chip.tiles, efficiency))
     return GemmModel(units=chip.units, item_bytes=chip.item_bytes, unit_gflop_per_s=chip.gflop_per_s / chip.units,
                      memory_gb_per_s=memory * chip.memory_gb_per_s, splits=chip.splits, tile=tiles, **positive, **chip.fixed)
-
-
-def rounded(model: GemmModel, digits: int = 4) -> GemmModel:
-    """The model with so many digits of each number: what a file holds is what was judged."""
-    def short(v: float) -> float:
-        return float(f"{v:.{digits}g}")
-
-    values = {name: short(v) for name, v in vars(model).items() if type(v) is float}
-    return replace(model, **values, tile=tuple(replace(t, efficiency=short(t.efficiency)) for t in model.tile))
 
 
 def error(model: GemmModel, rows: Products) -> FitError:
