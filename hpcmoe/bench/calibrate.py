@@ -150,7 +150,7 @@ def _engine(bed: Bed, section: Section, deadline: Deadline) -> None:
         report = layers.throughput(bed, shape, 8 if bed.small else 64, deadline, **{"run.graphs": graphs})
         rounds = report["steps"]["steps"]
         busy = {name: phase["busy_s"] for name, phase in report["phases"].items() if phase.get("busy_s")}
-        section.add_point("engine", graphs=int(graphs), layers=shape.layers, steps=rounds, ops=rounds * (7 * shape.layers + 1),
+        section.add_point("engine", graphs=int(graphs), layers=shape.layers, steps=rounds, ops=rounds * (7 * shape.layers + 2),
                           busy_s=sum(busy.values()), **report["run"]["gpu_work"],
                           **{f"{name}_us": 1e6 * busy[name] / rounds / (1 if name == "sample" else shape.layers) for name in busy})
 

@@ -31,7 +31,8 @@ class Products(NamedTuple):
 
 
 def read_products(path: str) -> Products:
-    """The rows of a CSV file with columns m, n, k, latency_ms, or of what `hpcmoe bench gpu --only gemm --out FILE.json` wrote.
+    """The rows of a CSV file with columns m, n, k, latency_ms, or of what `hpcmoe bench gpu --only gemm` (or calibrate)
+    `--out FILE.json` wrote.
 
     UserError with line and value where one is wrong.
     """
@@ -56,7 +57,8 @@ def _csv_rows(path: str, file) -> list[tuple]:
 
 def _bench_rows(path: str, file) -> list[tuple]:
     try:
-        points = json.load(file)["sections"]["gemm"]["points"]["gemm"]
+        sections = json.load(file)["sections"]
+        points = (sections.get("gemm") or sections["calibrate"])["points"]["gemm"]
         found = [{**point, "latency_ms": point["time_ms"]} for point in points]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no products in it: expected what `hpcmoe bench gpu --only gemm --out FILE` writes") from error
