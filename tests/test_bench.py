@@ -15,7 +15,8 @@ from mpi import ROOT, environment
 UNITS = ("_ms", "_us", "_s", "_gb_per_s", "_tflop_per_s", "_tokens_per_s", "_bytes")
 PLAIN = ("share", "ratio", "error", "share_of_copy", "cases", "per_layer_and_step", "_without_graphs", "products_or_attention")
 COUNTS = {"rows", "m", "n", "k", "kernel", "shape", "sequences", "tokens", "against", "positions", "ranks", "transport",
-          "experts", "deal", "way"}
+          "experts", "deal", "way", "call", "how", "nodes", "heads", "kv_heads", "head_dim", "context", "length", "graphs", "layers", "steps", "ops",
+          "kernels", "products", "graph_replays"}
 lookalike = pytest.mark.skipif(bool(bed.missing()), reason=bed.missing() or "-")
 
 

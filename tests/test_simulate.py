@@ -44,11 +44,11 @@ message_us = 2.0
 """
 
 
-def by_hand(launch_us=0.0, sync_us=0.0, units=1) -> Calibration:
+def by_hand(launch_us=0.0, sync_us=0.0, units=1, graph_us=None, op_us=0.0) -> Calibration:
     """Products at 1 GFLOP/s and attention's at 0.5, passes at 1 GB/s; everything else takes no time."""
     gemm = GemmModel(units, 4, 1.0 / units, HUGE, HUGE, HUGE, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, (1,), (Tile(1, 1, 1.0),))
     return Calibration("by hand", "made up", gemm, AttentionModel(0.5, 0.5, HUGE, 0.0, 1.0, 0.0, 0.0, 0.0), ElementwiseModel(1.0, 0.0),
-                       HostModel(launch_us, sync_us))
+                       HostModel(launch_us, sync_us, graph_us, op_us))
 
 
 @pytest.fixture
@@ -128,6 +128,19 @@ def test_nothing_is_lost_by_clocking_alike_replicas_once(cluster, monkeypatch, g
         for name in ("busy_s", "wait_s"):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=1e-12)
         assert [s.start_s for s in ours.steps] == pytest.approx([s.start_s for s in theirs.steps])
+
+
+def test_the_host_pays_for_ops_and_graphs(cluster):
+    """Every op costs its rank's host op_us, where nothing hides it: one step has RECV, seven ops of its layer and SAMPLE. A replayed graph costs
+    graph_us instead of its launches: ATTEND, GATE and EXPERT of a step of single rows."""
+    asked = told(cluster, 4, [(1, 2)] * 4, ["run.schedule=plain"])
+    plain, paying = (simulate(asked._replace(calibration=by_hand(op_us=us))) for us in (0.0, 10.0))
+    for ours, theirs in zip(paying.records[0].steps, plain.records[0].steps):
+        assert 1e6 * ((ours.end_s - ours.start_s) - (theirs.end_s - theirs.start_s)) == pytest.approx(9 * 10, rel=1e-6)
+    sets = ["run.schedule=plain", "run.device=gpu"]
+    cheap, dear = (simulate(told(cluster, 4, [(1, 3)] * 4, sets, calibration=by_hand(1.0, 0.0, 2, us))) for us in (None, 101.0))
+    later = {kind: 1e6 * (dear.records[0].busy_s[kind] - cheap.records[0].busy_s[kind]) for kind in ("ATTEND", "GATE", "EXPERT", "MERGE", "SAMPLE")}
+    assert later == pytest.approx({"ATTEND": 300, "GATE": 300, "EXPERT": 300, "MERGE": 0, "SAMPLE": 0}, abs=1e-6)
 
 
 def test_the_busiest_rank_is_waited_for(cluster):

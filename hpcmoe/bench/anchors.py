@@ -7,6 +7,8 @@ products; vLLM 0.24.0's fused MoE (Triton) for experts.
 
 from __future__ import annotations
 
+from hpcmoe.cluster.gpu_fit import kind_of
+
 SOURCE = "AIConfigurator, commit 095f58a51, vLLM 0.24.0 data, BF16"
 
 # rows -> (ms of [rows, 5120] x [5120, 16384], ms of [rows, 8192] x [8192, 5120]): an expert's two products
@@ -23,18 +25,6 @@ FUSED_MOE_MS = {
     "H100": {4: 0.230784, 16: 0.354784, 64: 0.782432, 128: 1.36153},
     "H200": {4: 0.219899, 16: 0.346363, 64: 0.717856, 128: 1.22957},
 }
-
-
-def kind_of(name: str) -> str:
-    """ "H100" or "H200" for the SXM parts that CUDA calls "NVIDIA H100 80GB HBM3", "NVIDIA H200"; "" for others.
-
-    >>> kind_of("NVIDIA H200"), kind_of("NVIDIA H100 PCIe"), kind_of("NVIDIA GH200 480GB")
-    ('H200', '', '')
-    """
-    words = name.upper().split()
-    if "PCIE" in words or "NVL" in words:
-        return ""
-    return next((kind for kind in GEMM_MS if kind in words), "")
 
 
 def expert(name: str, rows: int) -> dict[str, float]:

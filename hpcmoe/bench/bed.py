@@ -7,6 +7,7 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -39,6 +40,7 @@ class Bed:
         self._pools: dict = {}
         self._copy: float | None = None
         self._folders = itertools.count()
+        self.keep: Callable[[], None] = lambda: None  # writes what has been found so far
 
     def new_folder(self) -> Path:
         """An unused folder for a job's output."""

@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu.add_argument("--out", required=True, metavar="FILE", help="JSON file for all figures")
     gpu.add_argument("--only", default="", metavar="A,B", help="these sections only: correct, expert, wide, several, kernels, gemm, "
-                     "peers, layer, model, stack, exchange")
+                     "peers, layer, model, stack, exchange, calibrate")
     gpu.add_argument("--budget", type=float, default=0.0, metavar="S", help="seconds for all sections (default 480)")
     gpu.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16", help="16-bit type of what is timed")
     gpu.add_argument("--mpiexec", default="", metavar="COMMAND", help="launcher of a CUDA-aware MPI, with its options: runs 2, 4 and "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 from hpcmoe import device
-from hpcmoe.bench import compare, correct, demo, experts, jobs, kernels, layers, record, several
+from hpcmoe.bench import calibrate, compare, correct, demo, experts, jobs, kernels, layers, record, several
 from hpcmoe.bench.bed import Bed, Options
 from hpcmoe.bench.record import FAILED, LATE, SKIPPED, Section
 from hpcmoe.bench.timing import Deadline
@@ -48,6 +48,7 @@ PARTS: dict[str, Part] = {
     "model": Part(demo.model, 60, "the shipped model: speed and parity"),
     "stack": Part(layers.stack, 110, "Mixtral- and Scout-shaped layers against transformers"),
     "exchange": Part(layers.exchange, 90, "ranks that share the GPU (needs --mpiexec)"),
+    "calibrate": Part(calibrate.run, 150, "all that the simulator is calibrated with"),
 }
 
 
@@ -67,13 +68,15 @@ def bench(out: str, only: list[str], budget_s: float, options: Options) -> int:
     sections: list[Section] = []
     with tempfile.TemporaryDirectory(prefix="hpcmoe-bench-") as folder:
         bed = Bed(gpu, options, Path(folder))
+        bed.keep = lambda: record.write(out, head, sections)
         for name in only or PARTS:
             _say(f"{name}: {PARTS[name].words}")
-            sections.append(_run(bed, name, whole))
+            sections.append(Section(name))
+            _run(bed, sections[-1], whole)
             _say(f"{name}: {sections[-1].status} after {sections[-1].seconds:.1f} s" + _last_line(sections[-1].error))
             head["elapsed_s"] = round(time.monotonic() - start, 3)
             head["device"] |= {"clocks_after": clocks(gpu)}
-            record.write(out, head, sections)  # what was found so far is kept whatever comes
+            bed.keep()  # what was found so far is kept whatever comes
     print(record.table(head, sections))
     print(f"written to {out}")
     return EXIT_FAILED if any(s.status == FAILED for s in sections) else EXIT_OK
@@ -87,12 +90,12 @@ def open_gpu():
     return device.Gpu(0)
 
 
-def _run(bed: Bed, name: str, whole: Deadline) -> Section:
+def _run(bed: Bed, section: Section, whole: Deadline) -> None:
     """One section; whatever goes wrong in it is its result."""
-    section, start = Section(name), time.monotonic()
+    name, start = section.name, time.monotonic()
     if whole.over:
         section.status, section.error = SKIPPED, "no time left"
-        return section
+        return
     deadline = Deadline(min(PARTS[name].seconds * (SLOW if bed.small else 1), whole.left()))
     try:
         PARTS[name].run(bed, section, deadline)
@@ -103,7 +106,6 @@ def _run(bed: Bed, name: str, whole: Deadline) -> Section:
             section.notes += traceback.format_exc().splitlines()
     section.seconds = time.monotonic() - start
     bed.release()
-    return section
 
 
 def _last_line(error: str) -> str:

@@ -56,10 +56,10 @@ def _record(section: Section, load: Load, timed: Timed, copy: float) -> None:
 def loads(bed: Bed) -> Iterator[Load]:
     """All kernels at the sizes of the goals (or tiny ones), each made when its turn comes."""
     t, d = (16, 64) if bed.small else (4096, 4096)
-    yield from _norms(bed, t, d)
-    yield from _moves(bed, t, d)
-    yield from _routers(bed)
-    yield from _around_attention(bed, t)
+    yield from norms(bed, t, d)
+    yield from moves(bed, t, d)
+    yield from routers(bed, *((8, 16, 2) if bed.small else (1024, 256, 8)))
+    yield from around_attention(bed, t)
     yield from _attentions(bed)
     yield from _samples(bed)
 
@@ -70,7 +70,7 @@ ROUTER_US = ("time_us", "<=", 15.0)
 
 
 # ---------------------------------------------------------------- rows of width d
-def _norms(bed: Bed, t: int, d: int) -> Iterator[Load]:
+def norms(bed: Bed, t: int, d: int) -> Iterator[Load]:
     m, weight_d = bed.kernels(), bed.upload(np.ones(d, np.float32))
 
     def plain():
@@ -86,7 +86,7 @@ def _norms(bed: Bed, t: int, d: int) -> Iterator[Load]:
     yield Load(f"norm + residual {t} x {d}", adding, t * d * (4 + 4 + 2 + 2), goal=SHARE_80)
 
 
-def _moves(bed: Bed, t: int, d: int) -> Iterator[Load]:
+def moves(bed: Bed, t: int, d: int) -> Iterator[Load]:
     m, k, experts = bed.kernels(), 2, 16
     logit_te = np.random.default_rng(2).standard_normal((t, experts)).astype(np.float32)
     routed = _Routed(bed, logit_te, RouterConfig(experts, k))
@@ -136,8 +136,7 @@ class _Routed:
         router.router(self.m, self.logit_te, self.expert_tk, self.weight_tk, self.hist_be, config=self.config, bias_e=self.bias_e)
 
 
-def _routers(bed: Bed) -> Iterator[Load]:
-    t, experts, k = (8, 16, 2) if bed.small else (1024, 256, 8)
+def routers(bed: Bed, t: int, experts: int, k: int) -> Iterator[Load]:
     groups, top_groups = (4, 2) if bed.small else (8, 4)
     logit_te = np.random.default_rng(5).standard_normal((t, experts)).astype(np.float32)
     bias_e = bed.upload(np.linspace(-0.1, 0.1, experts, dtype=np.float32))
@@ -150,7 +149,7 @@ def _routers(bed: Bed) -> Iterator[Load]:
 
 
 # ---------------------------------------------------------------- attention and what is around it
-def _around_attention(bed: Bed, t: int) -> Iterator[Load]:
+def around_attention(bed: Bed, t: int) -> Iterator[Load]:
     m = bed.kernels()
     heads, kv_heads, c = (4, 2, 16) if bed.small else (32, 8, 128)
     d, f, vocab = (64, 48, 97) if bed.small else (4096, 8192, 32000)
@@ -186,10 +185,10 @@ def _around_attention(bed: Bed, t: int) -> Iterator[Load]:
 def _attentions(bed: Bed) -> Iterator[Load]:
     for heads, kv_heads, c in ((4, 2, 16),) if bed.small else ((32, 8, 128), (40, 8, 128)):
         sequences, context = (3, 80) if bed.small else (64, 4096)
-        yield _decode(bed, (heads, kv_heads, c), sequences, context, SHARE_75)
+        yield decode(bed, (heads, kv_heads, c), sequences, context, SHARE_75)
     if not bed.small:
-        yield _decode(bed, (32, 8, 128), 4, 65536, None)
-    yield _prefill(bed, (4, 2, 16) if bed.small else (32, 8, 128), 2, 40 if bed.small else 4096)
+        yield decode(bed, (32, 8, 128), 4, 65536)
+    yield prefill(bed, (4, 2, 16) if bed.small else (32, 8, 128), 2, 40 if bed.small else 4096)
 
 
 def pages(bed: Bed, sequences: int, context: int, kv_heads: int, c: int):
@@ -201,7 +200,7 @@ def pages(bed: Bed, sequences: int, context: int, kv_heads: int, c: int):
     return k, v, bed.upload(page_sp)
 
 
-def _decode(bed: Bed, shape, sequences: int, context: int, goal) -> Load:
+def decode(bed: Bed, shape, sequences: int, context: int, goal=None) -> Load:
     m, (heads, kv_heads, c) = bed.kernels(), shape
     slot_t = bed.upload(np.arange(sequences, dtype=np.int32))
     position_t = bed.upload(np.full(sequences, context - 1, np.int32))
@@ -220,7 +219,7 @@ def _decode(bed: Bed, shape, sequences: int, context: int, goal) -> Load:
                 2 * 2 * sequences * context * kv_heads * c, 4.0 * sequences * context * heads * c, goal)
 
 
-def _prefill(bed: Bed, shape, sequences: int, length: int) -> Load:
+def prefill(bed: Bed, shape, sequences: int, length: int) -> Load:
     m, (heads, kv_heads, c) = bed.kernels(), shape
     t = sequences * length
     slot_t = bed.upload((np.arange(t) // length).astype(np.int32))

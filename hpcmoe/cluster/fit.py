@@ -5,6 +5,7 @@ Residuals are log(model / measured), so every row counts by its relative error, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -62,3 +63,8 @@ def least_squares(seconds: Callable[[np.ndarray], np.ndarray], start: np.ndarray
         if gained < 1e-5:
             break
     return x
+
+
+def rounded(model, digits: int = 4):
+    """A dataclass with so many digits of each of its numbers: what a file holds is what was judged."""
+    return replace(model, **{name: float(f"{v:.{digits}g}") for name, v in vars(model).items() if type(v) is float})

@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from hpcmoe.cluster.fit import FitError, least_squares
+from hpcmoe.cluster.fit import FitError, least_squares, rounded
 from hpcmoe.cluster.gemm import GemmModel, Tile
 from hpcmoe.errors import UserError, at
 
@@ -31,7 +31,8 @@ class Products(NamedTuple):
 
 
 def read_products(path: str) -> Products:
-    """The rows of a CSV file with columns m, n, k, latency_ms, or of what `hpcmoe bench gpu --only gemm --out FILE.json` wrote.
+    """The rows of a CSV file with columns m, n, k, latency_ms, or of what `hpcmoe bench gpu --only gemm` (or calibrate)
+    `--out FILE.json` wrote.
 
     UserError with line and value where one is wrong.
     """
@@ -56,7 +57,8 @@ def _csv_rows(path: str, file) -> list[tuple]:
 
 def _bench_rows(path: str, file) -> list[tuple]:
     try:
-        points = json.load(file)["sections"]["gemm"]["points"]["gemm"]
+        sections = json.load(file)["sections"]
+        points = (sections.get("gemm") or sections["calibrate"])["points"]["gemm"]
         found = [{**point, "latency_ms": point["time_ms"]} for point in points]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no products in it: expected what `hpcmoe bench gpu --only gemm --out FILE` writes") from error
@@ -108,7 +110,8 @@ def fit(chip: Chip, rows: Products, tell: Callable[[int, float], None] = lambda 
     """The model of the chip that is nearest to the rows."""
     start = np.concatenate([np.log(list(chip.start.values())), np.full(1 + len(chip.tiles), np.log(FRACTION / (1 - FRACTION)))])
     found = least_squares(lambda x: _model(chip, x).seconds(rows.m, rows.n, rows.k), start, rows.seconds, tell=tell)
-    return rounded(_model(chip, found))
+    model = rounded(_model(chip, found))
+    return replace(model, tile=tuple(map(rounded, model.tile)))
 
 
 def _model(chip: Chip, x: np.ndarray) -> GemmModel:
@@ -118,15 +121,6 @@ def _model(chip: Chip, x: np.ndarray) -> GemmModel:
     tiles = tuple(Tile(*shape, e) for shape, e in zip(chip.tiles, efficiency))
     return GemmModel(units=chip.units, item_bytes=chip.item_bytes, unit_gflop_per_s=chip.gflop_per_s / chip.units,
                      memory_gb_per_s=memory * chip.memory_gb_per_s, splits=chip.splits, tile=tiles, **positive, **chip.fixed)
-
-
-def rounded(model: GemmModel, digits: int = 4) -> GemmModel:
-    """The model with so many digits of each number: what a file holds is what was judged."""
-    def short(v: float) -> float:
-        return float(f"{v:.{digits}g}")
-
-    values = {name: short(v) for name, v in vars(model).items() if type(v) is float}
-    return replace(model, **values, tile=tuple(replace(t, efficiency=short(t.efficiency)) for t in model.tile))
 
 
 def error(model: GemmModel, rows: Products) -> FitError:

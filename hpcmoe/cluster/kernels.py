@@ -51,15 +51,28 @@ class ElementwiseModel:
 @dataclass(frozen=True)
 class HostModel:
     """launch_us: what the host needs to start a kernel; sync_us: what passes after the device's last kernel until the host
-    goes on. On a CPU, where nothing is launched, both are what a call costs."""
+    goes on. On a CPU, where nothing is launched, both are what a call costs. graph_us: to start a CUDA graph (left out: as a
+    kernel); op_us: for each op of the schedule besides (left out: nothing)."""
 
     launch_us: float
     sync_us: float
+    graph_us: float | None = None
+    op_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class CopyModel:
+    """Copies between a device and pinned host memory: rates each way; floor_us: of one copy."""
+
+    to_host_gb_per_s: float
+    to_device_gb_per_s: float
+    floor_us: float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from."""
+    """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from; copies: where a device
+    has a memory of its own and they are known."""
 
     machine: str
     source: str
@@ -67,6 +80,7 @@ class Calibration:
     attention: AttentionModel
     elementwise: ElementwiseModel
     host: HostModel
+    copies: CopyModel | None = None
 
     def gemm_s(self, m, n, k) -> np.ndarray:
         """Products x[m, k] W[k, n]; sizes are broadcast."""
@@ -108,6 +122,16 @@ class Calibration:
         return self.host.launch_us * 1e-6
 
     @property
+    def graph_s(self) -> float:
+        """Host time to start what is replayed as a graph."""
+        return self.launch_s if self.host.graph_us is None else self.host.graph_us * 1e-6
+
+    @property
+    def op_s(self) -> float:
+        """Host time of an op besides."""
+        return self.host.op_us * 1e-6
+
+    @property
     def sync_s(self) -> float:
         """From the device's last kernel until the host goes on."""
         return self.host.sync_us * 1e-6
@@ -142,7 +166,7 @@ def read_calibration(path: str | Path) -> Calibration:
     return found
 
 
-MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us"}
+MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "graph_us", "op_us"}
 
 
 def _check_positive(values: dict, where: str, prefix: str = "") -> None:
@@ -162,14 +186,16 @@ def _check_positive(values: dict, where: str, prefix: str = "") -> None:
 def gemm_toml(model: GemmModel) -> str:
     """[gemm] of a calibration file."""
     values = {name: value for name, value in vars(model).items() if name != "tile"}
-    return _table("gemm", values) + "".join("\n" + _table("[gemm.tile]", vars(tile)) for tile in model.tile)
+    return table_toml("gemm", values) + "".join("\n" + table_toml("[gemm.tile]", vars(tile)) for tile in model.tile)
 
 
 def calibration_toml(c: Calibration) -> str:
     """A calibration file's text."""
-    tables = [_table(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host")]
+    tables = [table_toml(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host", "copies") if getattr(c, name)]
     return f"machine = {json.dumps(c.machine)}\nsource = {json.dumps(c.source)}\n\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
 
 
-def _table(name: str, values: dict) -> str:
-    return "".join([f"[{name}]\n"] + [f"{key} = {list(value) if isinstance(value, tuple) else value!r}\n" for key, value in values.items()])
+def table_toml(name: str, values: dict) -> str:
+    """One table of a calibration file; None is left out."""
+    return "".join([f"[{name}]\n"] + [f"{key} = {list(value) if isinstance(value, tuple) else value!r}\n" for key, value in values.items()
+                                      if value is not None])

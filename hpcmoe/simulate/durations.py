@@ -1,7 +1,7 @@
 """What an op takes of its rank's host and of its device, from a calibration: the kernels of compute/host.py and compute/gpu_leader.py.
 
-On a CPU the host does everything. A GPU is given its kernels by the host, one launch each, or one for all of an op that is replayed as
-a CUDA graph (steps without prompt chunks, ranks with one expert).
+On a CPU the host does everything. A GPU is given its kernels by the host, one launch each, or as a CUDA graph all of an op's at once
+(steps without prompt chunks, ranks with one expert). What the host needs for any op besides is added in group.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Durations:
     def _took(self, seconds: float, launches: int, graph: bool = False) -> Took:
         if not self.gpu:
             return Took(seconds)
-        return Took((1 if graph and self.graphs else launches) * self.calibration.launch_s, seconds)
+        return Took(self.calibration.graph_s if graph and self.graphs else launches * self.calibration.launch_s, seconds)
 
     def _pass(self, nbytes: float) -> float:
         return float(self.calibration.elementwise_s(nbytes))

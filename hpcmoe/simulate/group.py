@@ -99,7 +99,8 @@ class Group:
 
     # ------------------------------------------------------------ ops
     def _doing(self, role: Role, rnd: int, op: Op) -> Doing:
-        return getattr(self, "_" + op.kind.lower())(role, rnd, op)
+        doing = getattr(self, "_" + op.kind.lower())(role, rnd, op)
+        return doing._replace(host_s=doing.host_s + self.setting.durations.calibration.op_s)
 
     def _leaders(self, rnd: int, m: int, *names: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(host, device) seconds of a leader crew's ranks for these parts of Durations."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from hpcmoe.errors import EXIT_OK, UserError
+from hpcmoe.errors import EXIT_FAILED, EXIT_OK, UserError
 
 EXAMPLES = """examples:
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 hpcmoe calibrate measure --output mine.toml
+  hpcmoe calibrate measure --gpu --output h200.toml --raw h200.json
+  hpcmoe calibrate fit-gpu h200.json --output h200.toml --base inputs/calibrations/h200_sxm.toml
   hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
   hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
   hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --table h100_sxm_gemm_bf16.csv --hold-out 5120,14336,3584
@@ -20,14 +22,28 @@ def add_parser(subparsers) -> None:
                               formatter_class=argparse.RawDescriptionHelpFormatter,
                               description="Numbers for the simulator, and how far they are off.")
     commands = p.add_subparsers(dest="calibrate_command", required=True, metavar="COMMAND")
-    measured = commands.add_parser("measure", help="measure this machine's CPU and write a calibration file",
+    measured = commands.add_parser("measure", help="measure this machine's CPU or GPU and write a calibration file",
                                    description="Measures products, attention and passes over rows as a rank on one core makes them, in "
-                                   "about half a minute, writes a calibration file, and prints its error, also on cases held out.")
+                                   "about half a minute, writes a calibration file, and prints its error, also on cases held out. "
+                                   "--gpu: as a rank on a GPU makes them, also launches, graphs, waits, copies and the engine's own time.")
     measured.add_argument("--output", required=True, metavar="FILE", help="the calibration file")
     measured.add_argument("--backend", choices=("auto", "numpy", "onednn"), default="auto", help="as weights.backend (default auto)")
-    measured.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
-    measured.add_argument("--machine", default="", metavar="NAME", help="what to call the machine (default: its processor)")
+    measured.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of products (default fp32; with --gpu bf16)")
+    measured.add_argument("--machine", default="", metavar="NAME", help="what to call the machine (default: its processor, or GPU)")
+    measured.add_argument("--gpu", action="store_true", help="the first visible GPU; exit code 1 where something was not measured")
+    measured.add_argument("--raw", default="", metavar="FILE", help="with --gpu: all that was measured, for fit-gpu (default: the output's name "
+                          "with .json)")
+    measured.add_argument("--scale", choices=("full", "small"), default="full", help="with --gpu: small: to try the program; no measurement")
     measured.set_defaults(handler=_measure)
+    fitted = commands.add_parser("fit-gpu", help="fit a calibration file to what was measured on a GPU",
+                                 description="Fits a calibration file to the times that `calibrate measure --gpu` or `bench gpu --only "
+                                 "calibrate` wrote; needs no GPU.")
+    fitted.add_argument("raw", help="the .json file")
+    fitted.add_argument("--output", required=True, metavar="FILE", help="the calibration file")
+    fitted.add_argument("--machine", default="", metavar="NAME", help="what to call the machine (default: the GPU's name)")
+    fitted.set_defaults(handler=_fit_gpu)
+    for one in (measured, fitted):
+        one.add_argument("--base", default="", metavar="FILE", help="a GPU's calibration file: its numbers stand for what was not measured")
     gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
                                description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
                                "on rows held out.")
@@ -65,6 +81,10 @@ def _two_parts(rows, held) -> tuple:
 
 
 def _measure(args) -> int:
+    if args.gpu:
+        return _measure_gpu(args)
+    if args.raw or args.base or args.dtype == "fp16" or args.scale != "full":
+        raise UserError("--raw, --base, --scale and --dtype fp16 are for --gpu")
     import datetime
     import os
 
@@ -75,13 +95,42 @@ def _measure(args) -> int:
     machine = args.machine or f"one core of {cpu()[0]}"
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
-    found = measure.measure(machine, source, args.backend, args.dtype, lambda text: print(text, flush=True))
+    found = measure.measure(machine, source, args.backend, args.dtype or "fp32", lambda text: print(text, flush=True))
     width = max(map(len, found.errors))
     errors = [f"{title:<{width}}  {error}" for title, error in found.errors.items()]
     with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
         file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(found.calibration))
     print("\n".join(errors) + f"\ncalibration in {args.output}")
     return EXIT_OK
+
+
+def _measure_gpu(args) -> int:
+    from pathlib import Path
+
+    from hpcmoe.bench import gpu
+    from hpcmoe.bench.bed import Options
+    if args.backend != "auto" or args.dtype == "fp32":
+        raise UserError("--gpu: products are made by cuBLAS in bf16 or fp16: expected no --backend, and --dtype bf16 or fp16")
+    args.raw = args.raw or str(Path(args.output).with_suffix(".json"))
+    code = gpu.bench(args.raw, ["calibrate"], gpu.PARTS["calibrate"].seconds, Options(args.scale == "small", args.dtype or "bf16"))
+    return max(code, _fit_gpu(args))
+
+
+def _fit_gpu(args) -> int:
+    """EXIT_FAILED where something was not measured."""
+    from hpcmoe.cluster import gpu_fit
+    from hpcmoe.cluster.kernels import read_calibration
+    from hpcmoe.files import replacing
+    base = read_calibration(args.base) if args.base else None
+    found = gpu_fit.fit_gpu(gpu_fit.read_raw(args.raw))
+    if args.machine:
+        found = found._replace(machine=args.machine)
+    with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
+        file.write(found.toml(base, args.base))
+    for title, words in (found.errors | found.missing).items():
+        print(f"{title:<28}  {words}")
+    print(f"calibration in {args.output}")
+    return EXIT_FAILED if found.missing else EXIT_OK
 
 
 def _fit_gemm(args) -> int:
