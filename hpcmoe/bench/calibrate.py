@@ -144,15 +144,20 @@ def _syncs(bed: Bed, section: Section, deadline: Deadline) -> None:
 
 
 def _engine(bed: Bed, section: Section, deadline: Deadline) -> None:
-    """Host time of the engine's ops in decode steps of a model that gives the device little to do, with graphs and without."""
+    """Host time of the engine's ops in decode steps of a model that gives the device little to do, with graphs and without: of a
+    run less that of a shorter one, since the first steps load what all others use."""
     shape = layers.TINY if bed.small else HOST
     for graphs in _in_time(deadline, (True, False)):
-        report = layers.throughput(bed, shape, 8 if bed.small else 64, deadline, **{"run.graphs": graphs})
-        rounds = report["steps"]["steps"]
-        busy = {name: phase["busy_s"] for name, phase in report["phases"].items() if phase.get("busy_s")}
-        section.add_point("engine", graphs=int(graphs), layers=shape.layers, steps=rounds, ops=rounds * (7 * shape.layers + 2),
-                          busy_s=sum(busy.values()), **report["run"]["gpu_work"],
-                          **{f"{name}_us": 1e6 * busy[name] / rounds / (1 if name == "sample" else shape.layers) for name in busy})
+        short, long = (_engine_totals(layers.throughput(bed, shape, 8 if bed.small else 64, deadline, **{
+            "run.graphs": graphs, "throughput.output_tokens": tokens})) for tokens in ((6, 12) if bed.small else (48, 144)))
+        more = {name: long[name] - short[name] for name in long}
+        section.add_point("engine", graphs=int(graphs), layers=shape.layers, ops=more["steps"] * (7 * shape.layers + 2), **more)
+
+
+def _engine_totals(report: dict) -> dict:
+    """Steps, host seconds and launches of a run."""
+    busy = {f"{name}_busy_s": phase["busy_s"] for name, phase in report["phases"].items() if phase.get("busy_s")}
+    return {"steps": report["steps"]["steps"], "busy_s": sum(busy.values()), **busy, **report["run"]["gpu_work"]}
 
 
 # ---------------------------------------------------------------- the device's clock

@@ -17,6 +17,7 @@ from hpcmoe.compute.holdings import Share
 from hpcmoe.compute.relay import Chosen, Relay, Terms
 from hpcmoe.compute.room import fit_pages
 from hpcmoe.compute.step import Batch, Choices
+from hpcmoe.compute.warm import warm_up
 from hpcmoe.config import ModelConfig, RunJob, WeightsJob
 from hpcmoe.device import Gpu
 from hpcmoe.errors import UserError
@@ -134,6 +135,7 @@ class GpuCompute(Compute):
         if run.routing_statistics and self.leader and share.shard.number == 0:
             self.pairs = {layer: np.zeros((model.router.experts,) * 2, dtype=np.int64) for layer in share.layers}
         self.relays = [self._open_relay(lane) for lane in range(sizes.lanes)] if sizes.relay else []
+        warm_up(self)
 
     def _open_relay(self, lane: int) -> GpuRelay:
         """With the rows of the lane's leader, or with room for parcels alone."""
