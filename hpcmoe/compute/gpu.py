@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpcmoe.compute.base import Compute, Pending, Sizes
+from hpcmoe.compute.gpu_experts import Experts
 from hpcmoe.compute.gpu_leader import Leader
 from hpcmoe.compute.gpu_relay import GpuRelay
 from hpcmoe.compute.gpu_weights import GpuHoldings, Loader
@@ -23,14 +24,10 @@ from hpcmoe.device import Gpu
 from hpcmoe.errors import UserError
 from hpcmoe.kernels.e4m3 import fp8_width
 from hpcmoe.kernels.loader import Kernels, names
-from hpcmoe.kernels.permute import unpack_fp8
 from hpcmoe.kernels.router import MOST_EXPERTS, MOST_K
-from hpcmoe.kernels.rows import gather_rows, scatter_rows
-from hpcmoe.kernels.swiglu import swiglu
-from hpcmoe.model.route import by_expert, together
+from hpcmoe.model.route import together
 
 EXPERT_FILES = ["merge.cu", "permute.cu", "rows.cu", "swiglu.cu"]  # what ranks that do not lead use
-HIDDEN_ROWS = 2048  # rows whose hidden values [rows, 2 f] are held at once
 
 
 class GpuMachine:
@@ -93,25 +90,6 @@ def check_model(model: ModelConfig) -> None:
         raise UserError("experts that are not gated, have biases or are shared: not on a GPU in this version")
 
 
-class Bench:
-    """Buffers of one lane for its experts' rows."""
-
-    def __init__(self, gpu: Gpu, model: ModelConfig, sizes: Sizes, t_dtype, fp8: bool, several: bool):
-        d, f, rows = model.d, model.expert.f, max(1, sizes.received)
-        hidden = min(rows, HIDDEN_ROWS)
-        self.x_id, self.y_id = gpu.empty((rows, d), t_dtype), gpu.empty((rows, d), t_dtype)
-        self.x_iw = gpu.empty((rows, fp8_width(d)), np.uint8) if fp8 else None
-        self.both_if, self.h_if = gpu.empty((hidden, 2 * f), t_dtype), gpu.empty((hidden, f), t_dtype)
-        self.sorted_x = self.sorted_y = self.order = self.order_host = None
-        if several:
-            self.sorted_x, self.sorted_y = gpu.empty((rows, d), t_dtype), gpu.empty((rows, d), t_dtype)
-            self.order, self.order_host = gpu.empty(rows, np.int32), gpu.pinned(rows, np.int32)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in vars(self).values() if a is not None and not isinstance(a, np.ndarray))
-
-
 class GpuCompute(Compute):
     """model: as this rank's tensor shard sees it; choices: of all requests, None on ranks that do not lead. Raises UserError
     where the buffers do not fit."""
@@ -124,9 +102,8 @@ class GpuCompute(Compute):
         self.t_dtype = self.kernels.t_dtype
         self.lanes = [gpu.lane(products=True) for _ in range(sizes.lanes)]
         self.send_width, self.back_width = fp8_width(model.d) if self.fp8 else 2 * model.d, 2 * model.d
-        several = len(share.slots) > 1
-        self.benches = [Bench(gpu, model, sizes, self.t_dtype, self.fp8, several) for _ in range(sizes.lanes)]
         self.graphs = Graphs(gpu, run.graphs)
+        self.experts = Experts(gpu, self.kernels, self.graphs, model, held, sizes, share.slots, self.fp8)
         self.leader, self.parcel_bytes = None, 0
         if choices is not None:
             tells = run.routing_statistics or sizes.relay is not None
@@ -149,7 +126,7 @@ class GpuCompute(Compute):
 
     @property
     def nbytes(self) -> int:
-        parts = [*self.benches, *self.relays, *([self.leader] if self.leader else [])]
+        parts = [*self.experts.benches, *self.relays, *([self.leader] if self.leader else [])]
         return self.parcel_bytes + sum(part.nbytes for part in parts)
 
     def launched(self) -> dict[str, int]:
@@ -242,73 +219,11 @@ class GpuCompute(Compute):
         return self.leader.drawn(m)
 
     # ------------------------------------------------------------ experts
-    def _bench(self, m: int) -> Bench:
-        return self.benches[m % len(self.benches)]
-
     def incoming(self, m: int, count: int):
-        bench = self._bench(m)
-        return (bench.x_iw if self.fp8 else bench.x_id)[:count]
+        return self.experts.incoming(m, count)
 
     def returning(self, m: int, count: int):
-        return self.leader.returning(m, count) if self.leader else self._bench(m).y_id[:0]
+        return self.leader.returning(m, count) if self.leader else self.experts.bench(m).y_id[:0]
 
     def expert(self, m: int, layer: int, x_id, n_recv_re: np.ndarray):
-        bench, n = self._bench(m), len(x_id)
-        if not n:
-            return bench.y_id[:0]
-        if self.fp8:
-            unpack_fp8(self.kernels, x_id, bench.x_id[:n])
-            x_id = bench.x_id[:n]
-        order = by_expert(n_recv_re)
-        if order is None:
-            self._products(m, layer, x_id, bench.y_id, n_recv_re.sum(axis=0))
-            return bench.y_id[:n]
-        bench.order_host[:n] = order
-        self.device.copy(bench.order[:n], bench.order_host[:n])
-        gather_rows(self.kernels, x_id, bench.order[:n], bench.sorted_x[:n])
-        self._products(m, layer, bench.sorted_x[:n], bench.sorted_y, n_recv_re.sum(axis=0))
-        scatter_rows(self.kernels, bench.sorted_y[:n], bench.order[:n], bench.y_id)
-        return bench.y_id[:n]
-
-    def _products(self, m: int, layer: int, x_id, y_id, n_e: np.ndarray) -> None:
-        """Each expert on its rows, which stand in the experts' order; graphs where there is one expert."""
-        bench, n = self._bench(m), len(x_id)
-        if len(self.slots) == 1 and not self.fp8:
-            whole = bench.x_id if x_id.data.ptr == bench.x_id.data.ptr else self.leader.sent(m)
-            most = min(len(whole), len(y_id), len(bench.both_if))
-
-            def products(rows: int, exact: bool) -> None:
-                self._few(bench, layer, whole[:rows], y_id[:rows], [(self.slots[0], rows)])
-
-            if n <= most:
-                weights = self.held.experts[layer, self.slots[0]].both.data.ptr  # other ones may take the seat
-                self.graphs.run(self.device.current, ("EXPERT", layer, whole.data.ptr, weights), n, most, products)
-                return
-        self._in_parts(bench, layer, x_id, y_id, n_e)
-
-    def _in_parts(self, bench: Bench, layer: int, x_id, y_id, n_e) -> None:
-        """Runs of experts' rows, none with more than the hidden values that there is room for."""
-        room, part, first, end = len(bench.both_if), [], 0, 0
-        for e, n in zip(self.slots, (int(n) for n in n_e)):
-            while n:
-                take = min(n, room - (end - first))
-                if take:
-                    part.append((e, take))
-                    n, end = n - take, end + take
-                if n:
-                    self._few(bench, layer, x_id[first:end], y_id[first:end], part)
-                    part, first = [], end
-        if part:
-            self._few(bench, layer, x_id[first:end], y_id[first:end], part)
-
-    def _few(self, bench: Bench, layer: int, x_id, y_id, part: list[tuple[int, int]]) -> None:
-        """Products of experts and numbers of rows; one activation for all of them."""
-        gemm, places, first = self.device.gemm, [], 0
-        for e, n in part:
-            places.append((self.held.experts[layer, e], slice(first, first + n)))
-            first += n
-        for expert, rows in places:
-            gemm(x_id[rows], expert.both, bench.both_if[rows])
-        swiglu(self.kernels, bench.both_if[:first], bench.h_if[:first], act=self.model.expert.activation)
-        for expert, rows in places:
-            gemm(bench.h_if[rows], expert.down, y_id[rows])
+        return self.experts(m, layer, x_id, n_recv_re, self.leader)

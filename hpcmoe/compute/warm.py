@@ -17,7 +17,7 @@ def warm_up(compute) -> None:
 
 def _products(compute):
     """(rows, weights, where their product goes): of one layer's experts and dense blocks, and of the head."""
-    layer, held, bench = compute.layers[0], compute.held, compute.benches[0]
+    layer, held, bench = compute.layers[0], compute.held, compute.experts.bench(0)
     if compute.slots:
         expert = held.experts[layer, compute.slots[0]]
         yield bench.x_id, expert.both, bench.both_if

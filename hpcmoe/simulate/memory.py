@@ -18,7 +18,7 @@ from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.schedule import Role
 from hpcmoe.report.table import size
 
-HEAD_ROWS, HIDDEN_ROWS = 256, 2048  # rows whose logits, and whose hidden values, a GPU holds at once (compute/gpu_leader.py, gpu.py)
+HEAD_ROWS, HIDDEN_ROWS = 1024, 2048  # rows whose logits, and whose hidden values, a GPU holds at once (compute/gpu_leader.py, gpu_experts.py)
 
 
 class Held(NamedTuple):
