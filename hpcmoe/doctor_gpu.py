@@ -14,7 +14,9 @@ from hpcmoe import affinity, device
 from hpcmoe.doctor import Check
 from hpcmoe.environment import local_rank, local_size, node_name
 from hpcmoe.errors import UserError
+from hpcmoe.kernels.loader import Kernels
 
+WITH_HEADERS = ["attention_prefill.cu", "permute.cu"]  # kernels that take headers of the CUDA toolkit, together all of them
 NEEDED_DRIVER = {12: "525", 13: "580"}  # the oldest driver branch for each CUDA that CuPy has wheels for
 LIBRARIES = "`pip install hpcmoe[{extra}]` brings the CUDA libraries; so does the site's CUDA module"
 SHOWN = ("MPICH_GPU_SUPPORT_ENABLED", "MPICH_GPU_IPC_ENABLED", "MPIR_CVAR_NOLOCAL", "OMPI_MCA_pml",
@@ -160,13 +162,18 @@ def choose(comm) -> tuple[affinity.Choice | None, list[Check]]:
 
 
 def open_gpu(choice: affinity.Choice | None) -> tuple[device.Device | None, list[Check]]:
-    """The GPU itself; where CuPy cannot use it, None and the problem."""
+    """The GPU itself, and whether kernels compile for it; where CuPy cannot use it, None and the problem."""
     if choice is None:
         return None, []
     try:
-        return device.Gpu(choice.index), []
+        gpu = device.Gpu(choice.index)
     except UserError as error:
         return None, [Check("opening the GPU", "fails", str(error))]
+    try:
+        Kernels("fp16", gpu.module, gpu.sms).compile(WITH_HEADERS)
+    except UserError as error:
+        return gpu, [Check("kernels", "do not compile", str(error))]
+    return gpu, [Check("kernels", "compile")]
 
 
 def row(choice: affinity.Choice, gpu) -> dict:

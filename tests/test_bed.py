@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from cuda import bed, cudacpu, driver, mpich
+from cudabed import bed, cudacpu, driver, mpich
 
 
 def test_a_named_folder_without_an_open_mpi(monkeypatch, tmp_path):
@@ -17,7 +17,7 @@ def test_a_named_folder_without_an_open_mpi(monkeypatch, tmp_path):
 def test_no_open_mpi_at_all(monkeypatch, tmp_path):
     monkeypatch.delenv("HPCMOE_TEST_CUDA_OPENMPI", raising=False)
     monkeypatch.setattr(bed, "ROOT", tmp_path / "hpcmoe")
-    assert "tests/cuda/build_openmpi.sh" in bed.cuda_openmpi.__wrapped__()
+    assert "tests/cudabed/build_openmpi.sh" in bed.cuda_openmpi.__wrapped__()
 
 
 def test_wheels_that_cannot_be_had(monkeypatch, tmp_path):
@@ -42,5 +42,5 @@ def test_the_stand_in_comes_first_on_the_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/some/path")
     env = bed.lookalike_env(FAKECUDA_DEVICES="2")
     assert env["LD_LIBRARY_PATH"].split(":") == [str(driver.folder()), "/else/where"]
-    assert env["PYTHONPATH"].endswith("tests/cuda/lookalike:/some/path") and env["FAKECUDA_DEVICES"] == "2"
+    assert env["PYTHONPATH"].endswith("tests/cudabed/lookalike:/some/path") and env["FAKECUDA_DEVICES"] == "2"
     assert cudacpu.missing() == "" and (driver.folder() / "libcuda.so.1").exists()

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from hpcmoe.bench import anchors, cases, record, timing
 from mpi import ROOT, environment
 
@@ -72,7 +72,8 @@ def test_jobs_on_the_lookalike(tmp_path):
     done, found = small(tmp_path, "layer,model,stack,peers")
     assert_complete(found, ["layer", "model", "stack", "peers"])
     sections = found["sections"]
-    assert sections["layer"]["figures"]["layer_ms"] > 0 and sections["layer"]["figures"]["graphs_gain_ratio"] > 0
+    (layer,) = sections["layer"]["points"]["layers"]
+    assert layer["shape"] == "tiny" and layer["graph_replays_per_layer_and_step_without_graphs"] == 0 < layer["products_per_layer_and_step"]
     against = {goal["what"]: goal for goal in sections["model"]["goals"]}
     assert against["same greedy tokens as NumPy"]["met"] and against["log-probabilities, relative error to NumPy"]["met"]
     assert sections["stack"]["points"]["stacks"][0]["decode_tokens_per_s"] > 0

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from hpcmoe.cluster import gpu_fit
 from hpcmoe.cluster.kernels import SHIPPED, read_calibration
 from hpcmoe.errors import UserError

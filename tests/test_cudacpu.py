@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hpcmoe.kernels import loader
-from tests.cuda.check import needs_compiler
-from tests.cuda.cudacpu import Module
+from tests.cudabed.check import needs_compiler
+from tests.cudabed.cudacpu import Module
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = needs_compiler
@@ -150,7 +150,7 @@ def test_an_access_within_an_array_does_not(checked, call):
     assert done.returncode == 0, done.stderr
 
 
-BUILD = ("import sys; from hpcmoe.kernels import loader; from tests.cuda.cudacpu import Module\n"
+BUILD = ("import sys; from hpcmoe.kernels import loader; from tests.cudabed.cudacpu import Module\n"
          "Module(loader.source(sys.argv[1]), loader.options('fp16'))")
 
 
@@ -161,7 +161,7 @@ FILES = sorted(p.name for p in Path(__file__).parent.glob("test_kernels_*.py") i
 def runs(checked, request) -> dict:
     """File -> its tests' run to come, all cores at work; first all kernels are built, in one of the two types."""
     environment = {**os.environ, **checked, "CUDACPU_DTYPES": "fp16"}
-    pytest_options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "tests.cuda.sparse",
+    pytest_options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "tests.cudabed.sparse",
                       "-k", "not large and not many_draws and not frequencies"]
 
     def build(name: str) -> None:

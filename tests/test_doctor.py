@@ -13,7 +13,7 @@ from hpcmoe.affinity import Choice
 from hpcmoe.doctor import Check, cpu, merge, report, transport_checks
 from hpcmoe.doctor_gpu import Machine, diagnose
 from mpi import environment, run_ranks, vendor
-from tests.cuda import bed
+from tests.cudabed import bed
 
 
 def doctor(*arguments, env=None, before=""):

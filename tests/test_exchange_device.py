@@ -2,7 +2,7 @@
 
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from mpi import run_ranks
 
 pytestmark = pytest.mark.skipif(bool(bed.missing()), reason=bed.missing() or "here")

@@ -3,7 +3,7 @@ taken before a run, not in it."""
 
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from local import run_job
 from mpi import run_ranks
 from test_gpu_engine import model_of, settings

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cuda.lookalike_fixtures import cp, needs_lookalike  # noqa: F401
+from cudabed.lookalike_fixtures import cp, needs_lookalike  # noqa: F401
 from hpcmoe.compute.graphs import Graphs
 from hpcmoe.compute.step import NONE, SAMPLED, SCORED, Batch, Work
 from hpcmoe.model.attention import Segments

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from local import choices, run_job, write_prompts
 
 pytestmark = pytest.mark.skipif(bool(bed.missing()), reason=bed.missing() or "-")

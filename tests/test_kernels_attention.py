@@ -11,8 +11,8 @@ from hpcmoe.errors import UserError
 from hpcmoe.kernels.attention import TILE, Work, attention, attention_twin, splits, tiles_of, workspace_floats
 from hpcmoe.kernels.loader import options, source
 from hpcmoe.model.dtypes import to_fp32
-from tests.cuda import cudacpu
-from tests.cuda.check import DTYPES, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed import cudacpu
+from tests.cudabed.check import DTYPES, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 class Case(NamedTuple):
     """Arguments of attention: those before `work`, `work`, and what out_thc holds beforehand."""

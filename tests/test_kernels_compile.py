@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hpcmoe.kernels import loader
-from tests.cuda import compile as cuda
+from tests.cudabed import compile as cuda
 
 DTYPES = ("fp16", "bf16")
 TYPED = re.compile(r"\bT\b|\bto_t\b|\bto_float\b|\bEight\b|\bHM_BF16\b")

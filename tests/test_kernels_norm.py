@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hpcmoe.kernels.norm import _shape, norm, norm_twin
 from hpcmoe.model.dtypes import to_fp32
-from tests.cuda.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 EPS = 1e-5
 

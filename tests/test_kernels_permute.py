@@ -11,8 +11,8 @@ from hpcmoe.kernels.permute import permute, permute_twin, unpack_fp8, unpack_fp8
 from hpcmoe.kernels.router import histogram_shape, rows_per_block
 from hpcmoe.model.copies import Copies
 from hpcmoe.model.dtypes import to_fp32
-from tests.cuda import cudacpu
-from tests.cuda.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed import cudacpu
+from tests.cudabed.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 # Value of every code: (-1)^sign 2^(exponent - 7) 1.mantissa, 2^-6 0.mantissa where the exponent is 0, two NaN.
 TABLE = [(-1.0) ** (c >> 7) * (2.0 ** ((c >> 3 & 15) - 7) * (1 + (c & 7) / 8) if c >> 3 & 15 else 2.0 ** -6 * (c & 7) / 8)

@@ -12,7 +12,7 @@ from hpcmoe.kernels.rope import QK_NORMS, rope_kv, rope_kv_twin
 from hpcmoe.model.attention import Attention
 from hpcmoe.model.dense import Norm, Rope
 from hpcmoe.model.dtypes import to_fp32
-from tests.cuda.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 CONTEXT, EPS = 24, 1e-5
 NONE = 9  # what arrays hold before

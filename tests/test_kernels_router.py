@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hpcmoe.config import RouterConfig
 from hpcmoe.errors import UserError
 from hpcmoe.kernels.router import histogram_shape, router, router_twin, rows_per_block
-from tests.cuda.check import count, guarded, kernels, needs_compiler, same_for_all_seeds
+from tests.cudabed.check import count, guarded, kernels, needs_compiler, same_for_all_seeds
 
 CONFIGS = {
     "mixtral": {},

@@ -10,7 +10,7 @@ from hpcmoe.kernels.embed import embed, embed_twin
 from hpcmoe.kernels.merge import merge, merge_twin, sum_rows, sum_rows_twin
 from hpcmoe.kernels.rows import gather_rows, gather_rows_twin, scatter_rows, scatter_rows_twin
 from hpcmoe.model.dtypes import from_fp32, to_fp32
-from tests.cuda.check import DTYPES, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed.check import DTYPES, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 WIDTHS = st.integers(1, 17).map(lambda n: 4 * n) | st.integers(1, 70) | st.sampled_from([128, 516, 1030, 1032, 2052])
 few = settings(max_examples=25, deadline=None)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcmoe.kernels.sample import Draw, sample, sample_twin, threads
-from tests.cuda.check import count, guarded, kernels, needs_compiler, same_for_all_seeds
+from tests.cudabed.check import count, guarded, kernels, needs_compiler, same_for_all_seeds
 
 NEAR = 1e-9  # u and top_p this close to a boundary between two tokens may fall on either side
 DTYPES = [np.float64, np.int32, np.float64, np.uint64, np.uint64, np.int64, np.int32]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hpcmoe.kernels.shards import (add_rows, add_rows_twin, narrow, narrow_twin, place_columns, place_columns_twin, sum_parts,
                                    sum_parts_twin)
 from hpcmoe.model.dtypes import from_fp32, to_fp32
-from tests.cuda.check import DTYPES, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed.check import DTYPES, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 few = settings(max_examples=25, deadline=None)
 ROWS, WIDTHS = st.integers(0, 5), st.sampled_from([1, 3, 4, 8, 31, 64, 129, 520])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hpcmoe.kernels.swiglu import ACTS, swiglu, swiglu_twin
 from hpcmoe.model.dtypes import to_fp32
-from tests.cuda.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
+from tests.cudabed.check import DTYPES, assert_close, count, guarded, kernels, needs_compiler, same_for_all_seeds, stored
 
 PLAIN = {
     "silu": lambda x: x / (1 + math.exp(-x)),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cuda.lookalike_fixtures import (KERNELS, add, cp, kernels, needs_lookalike, numbers, outside, peek,  # noqa: F401
+from cudabed.lookalike_fixtures import (KERNELS, add, cp, kernels, needs_lookalike, numbers, outside, peek,  # noqa: F401
                                      stream)
 
 pytestmark = needs_lookalike

@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 
-from cuda.lookalike_fixtures import KERNELS, add, cp, kernels, needs_lookalike, numbers, outside, peek, stream  # noqa: F401
+from cudabed.lookalike_fixtures import KERNELS, add, cp, kernels, needs_lookalike, numbers, outside, peek, stream  # noqa: F401
 from hpcmoe.model.dtypes import from_fp32, to_fp32
 
 pytestmark = needs_lookalike

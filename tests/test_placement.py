@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from cuda import bed
+from cudabed import bed
 from local import choices, run_job, write_prompts
 from mpi import run_ranks
 

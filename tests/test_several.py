@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cuda.lookalike_fixtures import cp, needs_lookalike  # noqa: F401
+from cudabed.lookalike_fixtures import cp, needs_lookalike  # noqa: F401
 from hpcmoe.bench import several
 from hpcmoe.bench.bed import Bed, Options
 from hpcmoe.bench.record import Section

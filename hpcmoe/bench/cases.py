@@ -213,7 +213,8 @@ def _moves(make: Maker) -> Iterator[Case]:
                    {"x_iw": packed, "out_id": make.none(t * k, d)}, {"out_id": make.ulp})
         args = {"x_td": make.fp32(t, d), "y_sd": make.t(t * k, d), "weight_tk": make.fp32(t, k),
                 "slot_tk": make.permutation(t * k).reshape(t, k)}
-        yield Case(f"merge {t} x {d} top-{k}", merge.merge, merge.merge_twin, args, {"x_td": 2e-6})
+        yield Case(f"merge {t} x {d} top-{k}", merge.merge, merge.merge_twin, args, {"x_td": 2e-6},
+                   floor=0.25)  # terms cancel, and a GPU multiplies and adds with one rounding
 
 
 def _routed(make: Maker, t: int, experts: int, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ PARTS: dict[str, Part] = {
     "kernels": Part(kernels.run, 45, "rate of each other kernel"),
     "gemm": Part(experts.gemm, 30, "products for the simulator"),
     "peers": Part(compare.peers, 45, "PyTorch's and transformers' experts"),
-    "layer": Part(layers.layer, 70, "one decode layer, end to end"),
+    "layer": Part(layers.layer, 110, "one decode layer, end to end"),
     "model": Part(demo.model, 60, "the shipped model: speed and parity"),
     "stack": Part(layers.stack, 110, "Mixtral- and Scout-shaped layers against transformers"),
     "exchange": Part(layers.exchange, 90, "ranks that share the GPU (needs --mpiexec)"),

@@ -7,7 +7,7 @@ Mixtral-shaped: Mixtral 8x7B. Two layers each and a small vocabulary, so that a 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -84,25 +84,30 @@ def decode_ms(report: dict) -> float:
 
 # ---------------------------------------------------------------- one layer
 def layer(bed: Bed, section: Section, deadline: Deadline) -> None:
-    """A decode layer at 1,024 tokens: its time, what its products and attention take alone, what graphs gain."""
-    shape, tokens = (TINY, 8) if bed.small else (SCOUT, 1024)
+    """A decode layer at 1,024 tokens, all experts on the rank and one alone: its time, what its products and attention
+    take by themselves, what graphs gain."""
+    shapes, tokens = ((TINY,), 8) if bed.small else ((SCOUT, replace(SCOUT, name="scout-shaped, one expert", experts=1)), 1024)
+    for shape in shapes:
+        _layer(bed, section, deadline, shape, tokens)
+    section.notes += ["layer_ms: a median decode step of twice as many layers less one of the shape's, by the layer: head, sampling "
+                      "and what is done between steps are in both", "*_per_layer_and_step: all launches of the run over its steps "
+                      "and layers, prefill among them"]
+
+
+def _layer(bed: Bed, section: Section, deadline: Deadline, shape: Shape, tokens: int) -> None:
     alone_ms = _products_ms(bed, shape, tokens)
-    runs = {graphs: throughput(bed, shape, tokens, deadline, **{"run.graphs": graphs}) for graphs in (True, False)}
-    with_ms, without_ms = (decode_ms(runs[graphs]) / shape.layers for graphs in (True, False))
-    phases = runs[True]["phases"]
-    host = sum(phases[name]["busy_s"] for name in ("attention", "gate", "counts", "dispatch", "expert", "combine", "merge"))
-    section.figures |= {
-        "shape": shape.name, "tokens": tokens, "layer_ms": with_ms, "layer_without_graphs_ms": without_ms,
-        "graphs_gain_ratio": without_ms / with_ms, "products_and_attention_alone_ms": sum(alone_ms.values()),
-        "share_not_in_products_or_attention": 1 - sum(alone_ms.values()) / with_ms,
-        "host_per_layer_and_step_ms": 1e3 * host / runs[True]["steps"]["steps"] / shape.layers, **alone_ms}
+    deep = replace(shape, name=f"{shape.name}, deep", layers=2 * shape.layers)
+    point = section.add_point("layers", shape=shape.name, experts=shape.experts, tokens=tokens)
     for graphs, words in ((True, ""), (False, "_without_graphs")):
-        steps = runs[graphs]["steps"]["steps"] * shape.layers
-        section.figures |= {f"{name}_per_layer_and_step{words}": count / steps for name, count in runs[graphs]["run"]["gpu_work"].items()}
-    section.goal(f"{shape.name} layer, {tokens} tokens: share not in products or attention", "<=", 0.10,
-                 section.figures["share_not_in_products_or_attention"])
-    section.notes += ["layer_ms: median decode step / layers; the step's head, sampling and admission are in it",
-                      "*_per_layer_and_step: all launches of the run over its steps and layers, prefill among them"]
+        low, high = (throughput(bed, s, tokens, deadline, **{"run.graphs": graphs}) for s in (shape, deep))
+        point[f"layer{words}_ms"] = (decode_ms(high) - decode_ms(low)) / shape.layers
+        point[f"rest_of_step{words}_ms"] = 2 * decode_ms(low) - decode_ms(high)
+        steps = high["steps"]["steps"] * deep.layers
+        point |= {f"{name}_per_layer_and_step{words}": count / steps for name, count in high["run"]["gpu_work"].items()}
+    share = 1 - sum(alone_ms.values()) / point["layer_ms"]
+    point |= {"graphs_gain_ratio": point["layer_without_graphs_ms"] / point["layer_ms"],
+              "products_and_attention_alone_ms": sum(alone_ms.values()), "share_not_in_products_or_attention": share, **alone_ms}
+    section.goal(f"{shape.name} layer, {tokens} tokens: share not in products or attention", "<=", 0.10, share)
 
 
 def _products_ms(bed: Bed, shape: Shape, t: int) -> dict[str, float]:

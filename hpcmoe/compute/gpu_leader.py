@@ -30,7 +30,7 @@ from hpcmoe.kernels.router import MOST_EXPERTS, histogram_shape, router
 from hpcmoe.kernels.sample import sample
 from hpcmoe.model.copies import Copies
 
-HEAD_ROWS = 256  # rows whose logits are held at once
+HEAD_ROWS = 1024  # rows whose logits are held at once
 
 
 class Buffers:

@@ -16,6 +16,7 @@ import numpy as np
 from hpcmoe.compute.step import FIELDS, NONE, SAMPLED, SCORED, Batch, Work
 from hpcmoe.model.attention import Segments
 from hpcmoe.parallel.plan import UNLIMITED, Room
+from hpcmoe.parallel.steady import Steady
 
 if TYPE_CHECKING:  # it brings MPI, which a simulation does without
     from hpcmoe.parallel.handout import Supply
@@ -89,6 +90,7 @@ class Batcher:
         self.active: list[list[Sequence]] = [[] for _ in range(micros)]
         self.free = [list(range((m + 1) * slots - 1, m * slots - 1, -1)) for m in range(micros)]
         self.sent: list[list[tuple[Sequence, int]]] = [[] for _ in range(micros)]
+        self.steady: list[Steady | None] = [None] * micros
         self.finished: list[Sequence] = []
         self.rounds = [0] * micros
         self.begun: list[tuple] = [()] * micros
@@ -108,7 +110,24 @@ class Batcher:
         """The next step of a micro-batch and its rows' token ids [t]."""
         if self.supply:
             self.waiting.extend(self.supply.take())
-        while self.waiting and self.free[micro] and self._has_pages(self.waiting[0]):
+        if self.steady[micro] and not self._may_enter(micro):
+            made, prefill, decode = self.steady[micro].build(self.alive), 0, len(self.active[micro])
+        else:
+            made, prefill, decode = self._build(micro)
+        self.begun[micro] = (self.rounds[micro], micro, self.clock(), prefill, decode)
+        self.rounds[micro] += 1
+        if self.supply and self.supply.may_ask:
+            self.supply.ask(self.room())
+        return made
+
+    def _may_enter(self, micro: int) -> bool:
+        return bool(self.waiting and self.free[micro]) and self._has_pages(self.waiting[0])
+
+    def _build(self, micro: int) -> tuple[tuple[Batch, np.ndarray], int, int]:
+        """A step in which sequences may enter: (step and tokens, prefill rows, decode rows)."""
+        self._settle(micro)
+        self.steady[micro] = None
+        while self._may_enter(micro):
             sequence = Sequence(self.waiting.popleft(), self.free[micro].pop(), self.clock())
             if self.pages:
                 sequence.pages = self.pages.take(self.pages.need(sequence.work))
@@ -131,16 +150,20 @@ class Batcher:
         self.sent[micro] = [(s, int(emit)) for (s, _), emit in zip(parts, emit_q)]
         for s, tokens in parts:
             s.done += len(tokens)
-        self.begun[micro] = (self.rounds[micro], micro, self.clock(), prefill, len(decoding))
-        self.rounds[micro] += 1
         token_t = np.concatenate([tokens for _, tokens in parts]) if parts else np.zeros(0, dtype=np.int64)
-        if self.supply and self.supply.may_ask:
-            self.supply.ask(self.room())
         segments = Segments.of(slot_q, start_q, count_q)
-        return Batch(self.alive, prefill, segments, emit_q, request_q, n_page_q, page_n, next_t), token_t
+        if decoding and len(decoding) == len(sequences) and not self.score:
+            self.steady[micro] = Steady([s for s, _ in parts])
+        return (Batch(self.alive, prefill, segments, emit_q, request_q, n_page_q, page_n, next_t), token_t), prefill, len(decoding)
+
+    def _settle(self, micro: int) -> None:
+        if self.steady[micro]:
+            self.steady[micro].settle()
 
     def room(self) -> Room:
         """What the places that are free, or will be within AHEAD rounds, can take beside the requests in waiting."""
+        for m in range(len(self.active)):
+            self._settle(m)
         turns = [(s, s.turns(self.chunk, AHEAD)) for sequences in self.active for s in sequences]
         places = sum(map(len, self.free)) + sum(n for _, n in turns) - len(self.waiting)
         if self.pages is None:
@@ -162,21 +185,33 @@ class Batcher:
         token_q: one token per sampled segment, in order; logprob_n: one value per sampled
         segment, or per row that has a next token where texts are scored.
         """
-        now, tokens, values = self.clock(), iter(token_q), iter(np.split(logprob_n, self._splits(micro)))
-        for s, emit in self.sent[micro]:
-            if emit == SAMPLED:
-                self._take(s, int(next(tokens)), float(next(values)[0]), now)
-            elif emit == SCORED:
+        now = self.clock()
+        if self.steady[micro]:
+            self.tokens_out += len(token_q)
+            if self.steady[micro].take(token_q, logprob_n):
+                self._settle(micro)
+                self.steady[micro] = None
+        elif self.score:
+            values = iter(np.split(logprob_n, self._splits(micro)))
+            for s, _ in self.sent[micro]:
                 s.logprobs.append(next(values))
                 if s.done >= len(s.work.tokens):
                     s.finish, s.first_token_s = "score", now
+        else:
+            tokens, values = iter(token_q.tolist()), iter(logprob_n.tolist())
+            for s, emit in self.sent[micro]:
+                if emit == SAMPLED:
+                    self._take(s, next(tokens), next(values), now)
         self.sent[micro] = []
         number, _, start, prefill, decode = self.begun[micro]
         if prefill + decode:
             self.steps.append((number, micro, start, now, prefill, decode))
-        for s in [s for s in self.active[micro] if s.finish]:
+        if self.steady[micro]:
+            return
+        ended = [s for s in self.active[micro] if s.finish]
+        self.active[micro] = [s for s in self.active[micro] if not s.finish]
+        for s in ended:
             s.end_s = now
-            self.active[micro].remove(s)
             self.free[micro].append(s.slot)
             if self.pages:
                 self.pages.free += s.pages
@@ -184,7 +219,7 @@ class Batcher:
 
     def _splits(self, micro: int) -> np.ndarray:
         """Where each emitting segment's log-probabilities end."""
-        sizes = [1 if emit == SAMPLED else self._scored(s) for s, emit in self.sent[micro] if emit != NONE]
+        sizes = [self._scored(s) for s, _ in self.sent[micro]]
         return np.cumsum(sizes)[:-1].astype(int) if sizes else np.zeros(0, dtype=int)
 
     def _scored(self, s: Sequence) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from hpcmoe.kernels.loader import Kernels
 from hpcmoe.model.dtypes import from_fp32, to_fp32
-from tests.cuda import cudacpu
+from tests.cudabed import cudacpu
 
 DTYPES = tuple(os.environ.get("CUDACPU_DTYPES", "fp16,bf16").split(","))
 SEEDS = range(6)

@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.cuda.cudacpu import cuda_include
+from tests.cudabed.cudacpu import cuda_include
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 WHEELS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a CUDA-aware Open MPI for the tests: bash tests/cuda/build_openmpi.sh FOLDER TARBALL
+# Builds a CUDA-aware Open MPI for the tests: bash tests/cudabed/build_openmpi.sh FOLDER TARBALL
 #
 # TARBALL is a release of Open MPI 5. FOLDER becomes a tree with env.sh: export HPCMOE_TEST_CUDA_OPENMPI=FOLDER.
 # Needs a C and C++ compiler, make, perl, and cuda.h under $CUDA_HOME [/usr/local/cuda]; no GPU, no driver.

@@ -1,4 +1,4 @@
-"""A pytest plugin (-p tests.cuda.sparse): a few variants of each test, for runs that are slow."""
+"""A pytest plugin (-p tests.cudabed.sparse): a few variants of each test, for runs that are slow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import groupby
 
 import hypothesis
 
-from tests.cuda import check
+from tests.cudabed import check
 
 VARIANTS = 2  # of each test function, evenly spaced over its parameters
 EXAMPLES = 6  # of each test by hypothesis

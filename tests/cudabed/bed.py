@@ -49,7 +49,7 @@ def cuda_openmpi() -> Path | str:
         return Path(named) if there else f"HPCMOE_TEST_CUDA_OPENMPI={named}: no env.sh in there"
     archives = sorted(ROOT.parent.glob("shared/device/dist/openmpi-cuda-*.tar.xz"))
     if not archives:
-        return "no CUDA-aware Open MPI: tests/cuda/build_openmpi.sh FOLDER TARBALL, then HPCMOE_TEST_CUDA_OPENMPI=FOLDER"
+        return "no CUDA-aware Open MPI: tests/cudabed/build_openmpi.sh FOLDER TARBALL, then HPCMOE_TEST_CUDA_OPENMPI=FOLDER"
     return _unpacked(archives[-1]) / "openmpi-cuda"
 
 
