@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from hpcmoe.errors import EXIT_FAILED, EXIT_OK, UserError
 
@@ -158,10 +159,13 @@ def _check(args) -> int:
     import numpy as np
 
     from hpcmoe.cluster import gemm_fit
-    from hpcmoe.cluster.kernels import read_calibration
+    from hpcmoe.cluster.kernels import read_calibration, same_kind
     if args.moe:
         return _check_layers(args)
-    model, rows = read_calibration(args.calibration).gemm, gemm_fit.read_products(args.table)
+    calibration, rows = read_calibration(args.calibration), gemm_fit.read_products(args.table)
+    model, there = calibration.gemm, gemm_fit.measured_on(args.table)
+    if there and not same_kind(there, calibration.machine):
+        print(f"hpcmoe: warning: {args.table} was measured on {there!r}; {args.calibration} is of {calibration.machine!r}", file=sys.stderr, flush=True)
     held = rows.held_out(args.hold_out)
     for m in np.unique(rows.m):
         print(f"m = {m:<6}  {gemm_fit.error(model, rows.where(rows.m == m))}")
