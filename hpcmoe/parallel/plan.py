@@ -13,6 +13,7 @@ from hpcmoe.errors import at
 from hpcmoe.parallel.layout import Layout
 
 UNLIMITED = 2**62
+STAGED_BYTES = 4 << 20  # that `staged` copies at once: what travels while the next ones are copied
 TRIAL_BYTES = 1 << 20  # of a leader's rows in a trial of exchanges: well below a second altogether where a link gives 100 MB/s
 TRIAL_MARGIN = 0.9     # hierarchical has to be clearly quicker: its further hops cost more where ranks compute
 

@@ -22,7 +22,7 @@ def simulated_facts(done, cluster_path: str) -> dict:
         "leaders": f"{layout.leaders} ({done.leaders} per stage)",
         "schedule": {"name": schedule.name, "micro_batches": schedule.micros, "lanes": schedule.lanes},
         "lane_trial": None,
-        "transport": "hierarchical" if done.hierarchical else "flat",
+        "transport": "hierarchical" if done.hierarchical else "staged" if told.job.run.transport == "staged" else "flat",
         "sequences_at_once": sizes.slots * sizes.micros * done.leaders * layout.dp,
         "context_tokens": sizes.context,
         "dtype": "fp32" if c.gemm.item_bytes == 4 else "bf16" if told.job.weights.dtype == "auto" else told.job.weights.dtype,

@@ -36,10 +36,11 @@ from hpcmoe.simulate.loads import read_shares
 from hpcmoe.simulate.memory import Held, fit, nearest, shard_of
 from hpcmoe.simulate.modelfile import read_model
 from hpcmoe.simulate.records import records_of
+from hpcmoe.simulate.staged import StagedNetwork
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import even_rounds, feed
 
-MODELLED = ("auto", "ialltoallv", "pairwise", "hierarchical")  # transports; auto is one of the others, two go straight to experts
+MODELLED = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")  # transports; auto: flat or hierarchical
 
 
 class Told(NamedTuple):
@@ -111,6 +112,8 @@ def read(args) -> Told:
     share_le, load = read_shares(args.load, model, job.run.batch_tokens)
     told = Told(job, model, cluster, calibration, gpus, _lengths(args, job, model), share_le, load, _warnings(args, cluster, calibration))
     _check_dtype(told, str(path))
+    if job.run.transport == "staged" and not told.gpu:
+        raise at("simulate", "run.transport", "staged", "another one: it is modelled for GPUs, whose rows it copies through the host")
     return told
 
 
@@ -181,7 +184,8 @@ def simulate(told: Told) -> Simulated:
     model, c, job = told.model, told.cluster, told.job
     layout, why = choose(job.layout, told.gpus, model)
     node_of_rank = np.arange(told.gpus) // c.nodes.ranks_per_node
-    network, gpu, item = Network(c, node_of_rank), told.gpu, told.calibration.gemm.item_bytes
+    staged, gpu, item = job.run.transport == "staged", told.gpu, told.calibration.gemm.item_bytes
+    network = StagedNetwork(c, node_of_rank, told.calibration) if staged else Network(c, node_of_rank)
     sizes, held = _room(told, layout, item)
     cut = plan.cut(job.run, layout, gpu)
     schedule = build(plan.schedule_name(job.run, gpu), layout.pp, model.layers, cut.micros, cut.lanes, layout.tp > 1)
