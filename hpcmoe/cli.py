@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     import importlib.metadata
 
-    from hpcmoe import calibrate_cli, doctor
+    from hpcmoe import doctor
     from hpcmoe.bench import bench_cli
+    from hpcmoe.calibrate import calibrate_cli
     from hpcmoe.cluster import balance_cli, place_cli
     from hpcmoe.data import weights_cli
     from hpcmoe.launch import Parser

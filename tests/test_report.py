@@ -585,7 +585,7 @@ def rebalanced() -> list[RankRecord]:
 
 
 SIMULATED = {"cluster": "pretend", "cluster_file": "p.toml", "calibration": "a core", "calibration_source": "measured", "load": "uniform",
-             "warnings": [], "gpu_s_per_million_output_tokens": 1235.0, "memory_bytes": 2**30, "memory_used_max_bytes": 2**29,
+             "warnings": [], "transport_trial": {"rows": 8, "flat_s": 0.002, "hierarchical_s": 0.001}, "gpu_s_per_million_output_tokens": 1235.0, "memory_bytes": 2**30, "memory_used_max_bytes": 2**29,
              "busiest_link": {"kind": "port in", "number": 3, "nbytes": 1e6, "busy_s": 2.5, "busy_share": 0.25}}
 REBALANCED = PLACED | {"simulated": SIMULATED, "config": {"run": {"rebalance_every": 1, "capacity_factor": 1.5, "over_capacity": "reroute"}}}
 

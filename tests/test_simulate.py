@@ -309,7 +309,7 @@ def command(*words):
     (["--load", "power-law:-1"], "--load = 'power-law:-1'"),
     (["--load", "no.h5"], "no.h5: no such file"),
     (["--prompt-tokens", "64"], "= 96: expected at most 64, the model's context"),
-    (["--set", "run.transport=staged"], "run.transport = 'staged': expected one of auto"),
+    (["--set", "run.transport=staged"], "run.transport = 'staged': expected another one"),
     (["--set", "run.capacity_factor=2"], "run.capacity_factor = 2.0: expected 0"),
     (["--set", "task=score"], "--set = 'task=score': expected a key that is not said otherwise"),
     (["--requests", "r.jsonl"], "--requests = 'r.jsonl': expected either this or --sequences"),

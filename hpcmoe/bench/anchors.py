@@ -7,7 +7,7 @@ products; vLLM 0.24.0's fused MoE (Triton) for experts.
 
 from __future__ import annotations
 
-from hpcmoe.cluster.gpu_fit import kind_of
+from hpcmoe.cluster.kernels import kind_of
 
 SOURCE = "AIConfigurator, commit 095f58a51, vLLM 0.24.0 data, BF16"
 

@@ -24,13 +24,13 @@ from hpcmoe.facts import mpi_facts, version
 from hpcmoe.files import check_folder, replacing
 from hpcmoe.model.experts import Expert
 from hpcmoe.model.shard import Shard
+from hpcmoe.parallel import plan
 from hpcmoe.parallel.exchange import TRANSPORTS
 from hpcmoe.parallel.handle import Waiter
 from hpcmoe.parallel.hierarchical import HIERARCHICAL
 from hpcmoe.parallel.layout import Layout, share
 from hpcmoe.parallel.rehearsal import Rehearsal, medians
 from hpcmoe.parallel.selftest import self_test
-from hpcmoe.parallel.trial import nodes_matter
 from hpcmoe.parallel.watched import Watched
 from hpcmoe.parallel.world import World, agree, node_names, on_root
 
@@ -141,7 +141,7 @@ class Bench:
         comm, found = self.world.comm, []
         for name in self.options.transports or NAMES:
             if name == HIERARCHICAL:
-                fault = "" if nodes_matter(self.world) else "no node has several ranks, or there is one node"
+                fault = "" if plan.nodes_matter(self.world.layout, self.world.node_of_rank) else "no node has several ranks, or there is one node"
             else:
                 fault = next((f for f in comm.allgather(self_test(self.world.lanes[0], self.host.device, [name])[name]) if f), "")
             if fault:

@@ -36,12 +36,14 @@ class RankTable:
 class InsideTable:
     """Between ranks of a node. rank_gb_per_s: a rank's port (NVLink, or what a core copies), each way; node_gb_per_s: all
     of a node's ranks together, both ways (a shared memory, a bus); left out: no such limit. efficiency: the part of
-    both that messages reach. latency_us: of a small message."""
+    both that messages reach. latency_us: of a small message. host_rank_gb_per_s: a rank's messages to others of its node through
+    host memory, each way, where its rows are on a GPU (transport staged)."""
 
     latency_us: float
     rank_gb_per_s: float | None = None
     node_gb_per_s: float | None = None
     efficiency: float = 1.0
+    host_rank_gb_per_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -62,24 +62,32 @@ class GemmModel:
 
     def seconds(self, m, n, k) -> np.ndarray:
         """s of products of these sizes, which are broadcast; 0 where m, n or k is 0."""
-        m, n, k = np.broadcast_arrays(*(np.asarray(x, dtype=float)[..., None] for x in (m, n, k)))
-        least = np.min([self._tiled(m, n, k, *shape) for shape in self._shapes()], axis=0)
-        empty = (m * n * k)[..., 0] == 0
+        m, n, k = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (m, n, k)))
+        return self.grouped_seconds(m[..., None], n, k)
+
+    def grouped_seconds(self, m_e, n, k) -> np.ndarray:
+        """s of products m_e[..., e] x n x k, one for each e, with a W of its own each, as one grouped product: their tiles share the units,
+        in the same waves. n, k: [...]; 0 where there is nothing to do."""
+        m_e, n, k = np.asarray(m_e, dtype=float), *(np.asarray(x, dtype=float)[..., None] for x in (n, k))
+        least = np.min([self._tiled(m_e, n, k, *shape) for shape in self._shapes()], axis=0)
+        empty = (m_e.sum(axis=-1, keepdims=True) * n * k)[..., 0] == 0
         return np.where(empty, 0.0, least)
 
     def _shapes(self) -> list[tuple[int, int, float]]:
         turned = [(t.columns, t.rows, t.efficiency) for t in self.tile if t.rows != t.columns]
         return [(t.rows, t.columns, t.efficiency) for t in self.tile] + turned
 
-    def _tiled(self, m, n, k, a: int, b: int, efficiency: float) -> np.ndarray:
-        """s with tiles a x b and the best number of splits. m, n, k: [..., 1]; the last axis becomes splits."""
-        split = np.array(self.splits, dtype=float)
-        tiles = np.maximum(np.ceil(m / a) * np.ceil(n / b), 1) * split
+    def _tiled(self, m_e, n, k, a: int, b: int, efficiency: float) -> np.ndarray:
+        """s with tiles a x b and the best number of splits. m_e: [..., e]; n, k: [..., 1]; the last axis becomes splits."""
+        split, tiles_e = np.array(self.splits, dtype=float), np.ceil(m_e / a)
+        m, some, tiles_m = (x.sum(axis=-1, keepdims=True) for x in (m_e, m_e > 0, tiles_e))
+        tiles = np.maximum(tiles_m * np.ceil(n / b), 1) * split
         waves, k_split = np.ceil(tiles / self.units), np.ceil(k / split / GRAIN) * GRAIN
         compute = waves * (2 * a * b * k_split / (efficiency * self.unit_gflop_per_s * 1e9) + self.wave_us * 1e-6)
         compute = compute * (1 + self.hot_fraction * compute / (compute + self.hot_us * 1e-6))
-        memory = self.item_bytes * (n * k + m * k + m * n) / (self.memory_gb_per_s * 1e9)
-        tile_bytes = self.item_bytes * k_split * (np.minimum(a, m) + np.minimum(b, n))
+        memory = self.item_bytes * (some * n * k + m * k + m * n) / (self.memory_gb_per_s * 1e9)
+        rows = (tiles_e * np.minimum(a, m_e)).sum(axis=-1, keepdims=True) / np.maximum(tiles_m, 1)  # of x that a tile reads
+        tile_bytes = self.item_bytes * k_split * (rows + np.minimum(b, n))
         unit, cache = waves * tile_bytes / (self.unit_gb_per_s * 1e9), tiles * tile_bytes / (self.cache_gb_per_s * 1e9)
         body = _norm(self.sharpness, memory, compute, unit, cache)
         sums = 2 * self.item_bytes * m * n * (split - 1) / (self.cache_gb_per_s * 1e9)

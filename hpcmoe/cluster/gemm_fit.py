@@ -47,6 +47,14 @@ def read_products(path: str) -> Products:
     return Products(np.array(m), np.array(n), np.array(k), np.array(ms) * 1e-3)
 
 
+def measured_on(path: str) -> str:
+    """The GPU that a file of bench gpu was measured on; "" of a CSV file, which does not say."""
+    if not path.endswith(".json"):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return str(json.load(file).get("device", {}).get("name", ""))
+
+
 def _csv_rows(path: str, file) -> list[tuple]:
     reader = csv.DictReader(file)
     missing = {"m", "n", "k", "latency_ms"} - set(reader.fieldnames or [])

@@ -13,7 +13,7 @@ import numpy as np
 from hpcmoe.cluster.fit import FitError, least_squares, rounded
 from hpcmoe.cluster.gemm import GemmModel
 from hpcmoe.cluster.gemm_fit import CHIPS, GPU_SPLITS, GPU_START, GPU_TILES, Chip, Products, error, fit
-from hpcmoe.cluster.kernels import AttentionModel, Calibration, CopyModel, ElementwiseModel, HostModel, gemm_toml, table_toml
+from hpcmoe.cluster.kernels import AttentionModel, Calibration, CopyModel, ElementwiseModel, HostModel, gemm_toml, kind_of, table_toml
 from hpcmoe.cluster.measure import fit_elementwise
 from hpcmoe.errors import UserError
 
@@ -65,9 +65,10 @@ def read_raw(path: str) -> Raw:
 
 class Fitted(NamedTuple):
     """parts: the models by section, those that were measured; errors: on what was fitted and on what was held out, by title; missing:
-    why a section was not measured, or not all of it; source: words for the file."""
+    why a section was not measured, or not all of it; source: words for the file; processor: the GPU, as CUDA calls it."""
 
     machine: str
+    processor: str
     source: str
     parts: dict
     errors: dict[str, FitError]
@@ -77,7 +78,8 @@ class Fitted(NamedTuple):
         """The calibration file."""
         lines = [f"# {title:<28}  {e}" for title, e in self.errors.items()]
         lines += [f"# {name}: {why}" for name, why in self.missing.items()]
-        lines += [f"machine = {json.dumps(self.machine)}", f"source = {json.dumps(self.source)}"]
+        lines += [f"machine = {json.dumps(self.machine)}", f"source = {json.dumps(self.source)}",
+                  f"processor = {json.dumps(self.processor)}"]
         for name in SECTIONS:
             part = self.parts.get(name)
             if part is None:
@@ -108,22 +110,10 @@ def fit_gpu(raw: Raw) -> Fitted:
         missing["device"] = "NOT A MEASUREMENT: tiny sizes, or a device that is no GPU"
     if raw.why():
         missing["items"] = raw.why()
-    return Fitted(device.get("name", ""), source, parts, errors, missing)
+    return Fitted(device.get("name", ""), device.get("name", ""), source, parts, errors, missing)
 
 
 # ---------------------------------------------------------------- products
-def kind_of(name: str) -> str:
-    """ "H100" or "H200" for the SXM parts that CUDA calls "NVIDIA H100 80GB HBM3", "NVIDIA H200"; "" for others.
-
-    >>> kind_of("NVIDIA H200"), kind_of("NVIDIA H100 PCIe"), kind_of("NVIDIA GH200 480GB")
-    ('H200', '', '')
-    """
-    words = name.upper().split()
-    if "PCIE" in words or "NVL" in words:
-        return ""
-    return next((kind for kind in ("H100", "H200") if kind in words), "")
-
-
 def chip_of(raw: Raw, rows: Products) -> Chip:
     """The peaks of the GPU: a known one's; of others a quarter above the best that was measured."""
     kind = kind_of(raw.device.get("name", ""))

@@ -72,7 +72,7 @@ class CopyModel:
 @dataclass(frozen=True)
 class Calibration:
     """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from; copies: where a device
-    has a memory of its own and they are known."""
+    has a memory of its own and they are known; processor: the rank's, in its own words ("": not known)."""
 
     machine: str
     source: str
@@ -81,6 +81,7 @@ class Calibration:
     elementwise: ElementwiseModel
     host: HostModel
     copies: CopyModel | None = None
+    processor: str = ""
 
     def gemm_s(self, m, n, k) -> np.ndarray:
         """Products x[m, k] W[k, n]; sizes are broadcast."""
@@ -166,6 +167,27 @@ def read_calibration(path: str | Path) -> Calibration:
     return found
 
 
+def kind_of(name: str) -> str:
+    """ "H100" or "H200" for the SXM parts that CUDA calls "NVIDIA H100 80GB HBM3", "NVIDIA H200"; "" for others.
+
+    >>> kind_of("NVIDIA H200"), kind_of("NVIDIA H100 PCIe"), kind_of("NVIDIA GH200 480GB")
+    ('H200', '', '')
+    """
+    words = name.upper().split()
+    if "PCIE" in words or "NVL" in words:
+        return ""
+    return next((kind for kind in ("H100", "H200") if kind in words), "")
+
+
+def same_kind(a: str, b: str) -> bool:
+    """Whether two names of machines are one, or of one kind of GPU.
+
+    >>> same_kind("NVIDIA H200", "NVIDIA H200 SXM 141 GB"), same_kind("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+    (True, False)
+    """
+    return a == b or "" != kind_of(a) == kind_of(b)
+
+
 MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "graph_us", "op_us"}
 
 
@@ -192,7 +214,8 @@ def gemm_toml(model: GemmModel) -> str:
 def calibration_toml(c: Calibration) -> str:
     """A calibration file's text."""
     tables = [table_toml(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host", "copies") if getattr(c, name)]
-    return f"machine = {json.dumps(c.machine)}\nsource = {json.dumps(c.source)}\n\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
+    heads = "".join(f"{name} = {json.dumps(getattr(c, name))}\n" for name in ("machine", "source", "processor"))
+    return f"{heads}\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
 
 
 def table_toml(name: str, values: dict) -> str:

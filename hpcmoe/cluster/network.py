@@ -65,7 +65,7 @@ class Network:
 
     kinds: Kind; bandwidth_l: bytes/s of every link; node_r: the node of each rank. Ranks are numbered along the
     nodes; `node_of_rank` says otherwise where a job's ranks lie differently (each node's ranks then take its ports and
-    adapters in ascending order). Raises UserError where the cluster has no such nodes, or a node more ranks than the file says.
+    adapters in ascending order). in_host_memory: the same links for what lies in host memory (simulate/staged.py). Raises UserError where the cluster has no such nodes, or a node more ranks than the file says.
     """
 
     def __init__(self, c: ClusterFile, node_of_rank=None):
@@ -93,6 +93,7 @@ class Network:
                 if group_r.max() > 0:
                     self._pair(f"switch level {i}", i, group_r, uplink, 1.0)
         self.bandwidth_l = np.concatenate([np.full(k.count, k.bandwidth) for k in self.kinds] or [np.zeros(0)])
+        self.in_host_memory = self
 
     def _within(self) -> np.ndarray:
         """The place of each rank among those of its node: [r]."""

@@ -16,10 +16,10 @@ from mpi4py import MPI
 from hpcmoe.compute.step import ROWS
 from hpcmoe.device import Device, Event, Lane, address
 from hpcmoe.parallel.handle import Handle
+from hpcmoe.parallel.plan import STAGED_BYTES
 
 TAG = 0  # of rows between two ranks
 NO_ROWS = np.zeros(2, np.uint8)  # two addresses
-CHUNK = 4 << 20  # bytes that `staged` copies at once: what travels while the next ones are copied
 
 
 class Plan(NamedTuple):
@@ -152,9 +152,9 @@ class Staged(Handle):
         return not self.wanted and not self.leaving
 
     def _parts(self, first: int, n: int) -> list[slice]:
-        """Byte ranges of at most CHUNK bytes of rows first to first + n."""
+        """Byte ranges of at most STAGED_BYTES of rows first to first + n."""
         a, b = int(first) * self.width, int(first + n) * self.width
-        return [slice(x, min(x + CHUNK, b)) for x in range(a, b, CHUNK)]
+        return [slice(x, min(x + STAGED_BYTES, b)) for x in range(a, b, STAGED_BYTES)]
 
     def test(self) -> bool:
         if self.over:

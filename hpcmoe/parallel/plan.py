@@ -13,6 +13,9 @@ from hpcmoe.errors import at
 from hpcmoe.parallel.layout import Layout
 
 UNLIMITED = 2**62
+STAGED_BYTES = 4 << 20  # that `staged` copies at once: what travels while the next ones are copied
+TRIAL_BYTES = 1 << 20  # of a leader's rows in a trial of exchanges: well below a second altogether where a link gives 100 MB/s
+TRIAL_MARGIN = 0.9     # hierarchical has to be clearly quicker: its further hops cost more where ranks compute
 
 
 class Room(NamedTuple):
@@ -92,3 +95,14 @@ def usual_rows(run: RunJob, task: str, leaders: int, most: int, cut: Cut) -> int
     rows = max(1, run.batch_tokens // leaders)
     sequences = run.max_sequences / leaders if run.max_sequences else most
     return rows if task == "score" else max(1, min(rows, math.ceil(sequences / cut.micros)))
+
+
+def trial_rows(rows: int, width: int, top_k: int) -> int:
+    """Rows of a leader in a trial of exchanges, of `rows` in most steps; width: bytes of one in dispatch."""
+    return max(1, min(rows, TRIAL_BYTES // (width * top_k)))
+
+
+def nodes_matter(layout: Layout, node_of_rank) -> bool:
+    """Whether any stage has several nodes, and several ranks on one of them: only then a trial of exchanges is made."""
+    stages = [[node_of_rank[r] for r in layout.column(dp, p)] for dp in range(layout.dp) for p in range(layout.pp)]
+    return any(1 < len(set(nodes)) < len(nodes) for nodes in stages)

@@ -13,7 +13,7 @@ from hpcmoe.compute.madeup import GpuMadeUpRows, MadeUpRows, row_width
 from hpcmoe.config import ModelConfig, RouterConfig, RunJob
 from hpcmoe.device import Device
 from hpcmoe.errors import UserError
-from hpcmoe.parallel import selftest
+from hpcmoe.parallel import plan, selftest
 from hpcmoe.parallel.exchange import Channel
 from hpcmoe.parallel.flat import Exchange, Flags
 from hpcmoe.parallel.handle import Waiter
@@ -23,9 +23,7 @@ from hpcmoe.parallel.rehearsal import medians
 from hpcmoe.parallel.world import World, agree
 from hpcmoe.report.record import RankRecord
 
-MOST_BYTES = 1 << 20  # of a leader's rows in a trial: well below a second altogether where a link gives 100 MB/s
 REPEATS, LIMIT_S = 5, 1.0
-MARGIN = 0.9  # hierarchical has to be clearly quicker: its further hops cost more where ranks compute
 
 
 def made_up(world: World, router: RouterConfig, d: int, width: int, rows: int, device: Device = Device()) -> MadeUpRows:
@@ -102,13 +100,6 @@ class Trial:
             exchange.close()
 
 
-def nodes_matter(world: World) -> bool:
-    """Whether any stage has several nodes, and several ranks on one of them; the same on all ranks."""
-    layout = world.layout
-    stages = [[world.node_of_rank[r] for r in layout.column(dp, p)] for dp in range(layout.dp) for p in range(layout.pp)]
-    return any(1 < len(set(nodes)) < len(nodes) for nodes in stages)
-
-
 def choose(world: World, run: RunJob, model: ModelConfig, device: Device, room: int, rows: int, crowded: bool,
            say: Callable[[str], None]) -> dict[str, str]:
     """Sets the transports of `world`; returns the faults of the flat ones (selftest.choose). Collective.
@@ -120,10 +111,10 @@ def choose(world: World, run: RunJob, model: ModelConfig, device: Device, room: 
     world.flat, faults = selftest.choose(world.lanes[0], world.comm, "auto" if named else run.transport, device, room)
     world.transport = world.flat
     world.direct = device.in_host_memory or (world.flat != "staged" and not faults["pairwise"])
-    if not named and not (run.transport == "auto" and nodes_matter(world)):
+    if not named and not (run.transport == "auto" and plan.nodes_matter(world.layout, world.node_of_rank)):
         return faults
     width = row_width(model.d, run.dispatch_dtype == "fp8", device)
-    rows = max(1, min(rows, MOST_BYTES // (width * model.router.top_k)))
+    rows = plan.trial_rows(rows, width, model.router.top_k)
     rows_here = made_up(world, model.router, model.d, width, rows, device)
     trial = Trial(world, model.router, rows_here, (world.transport, HIERARCHICAL), crowded)
     right = trial.right(HIERARCHICAL)
@@ -140,7 +131,7 @@ def choose(world: World, run: RunJob, model: ModelConfig, device: Device, room: 
 def _by_time(world: World, trial: Trial, rows: int, say: Callable[[str], None]) -> None:
     flat = world.transport
     seconds = trial.medians()
-    if seconds[HIERARCHICAL] < MARGIN * seconds[flat]:
+    if seconds[HIERARCHICAL] < plan.TRIAL_MARGIN * seconds[flat]:
         world.transport = HIERARCHICAL
     figures = ", ".join(f"{name} {s * 1e3:.3g} ms" for name, s in seconds.items())
     say(f"exchange of {rows} rows per leader, there and back: {figures}: {world.transport} is taken")

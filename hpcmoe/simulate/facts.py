@@ -22,7 +22,7 @@ def simulated_facts(done, cluster_path: str) -> dict:
         "leaders": f"{layout.leaders} ({done.leaders} per stage)",
         "schedule": {"name": schedule.name, "micro_batches": schedule.micros, "lanes": schedule.lanes},
         "lane_trial": None,
-        "transport": "hierarchical" if told.job.run.transport == "hierarchical" else "flat",
+        "transport": "hierarchical" if done.hierarchical else "staged" if told.job.run.transport == "staged" else "flat",
         "sequences_at_once": sizes.slots * sizes.micros * done.leaders * layout.dp,
         "context_tokens": sizes.context,
         "dtype": "fp32" if c.gemm.item_bytes == 4 else "bf16" if told.job.weights.dtype == "auto" else told.job.weights.dtype,
@@ -49,6 +49,7 @@ def _simulated(done, cluster_path: str) -> dict:
     rank = max(r.weights_bytes + r.kv_bytes + r.buffer_bytes for r in done.records)
     return {"cluster": told.cluster.name, "cluster_file": cluster_path, "calibration": told.calibration.machine,
             "calibration_source": told.calibration.source, "load": told.load, "warnings": told.warnings,
+            "transport_trial": done.trial and done.trial._asdict(),
             "gpu_s_per_million_output_tokens": told.gpus * elapsed / output * 1e6 if output else None,
             "busiest_link": _busiest(done, elapsed), "memory_bytes": int(told.cluster.rank.memory_gib * 2**30), "memory_used_max_bytes": rank}
 

@@ -222,7 +222,7 @@ class Group:
         if s.layout.tp > 1:
             moved.append(self.ways.gather(role.stage, tuple(float(FP32 * n * s.durations.model.vocab) for n in wanted_j)))
         if role.stage:
-            moved.append(self.ways.hand_on(role.stage, 0, tuple(float(INT64 * (2 + 2 * n)) for n in wanted_j), wanted_j))
+            moved.append(self.ways.hand_on(role.stage, 0, tuple(float(INT64 * (2 + 2 * n)) for n in wanted_j), wanted_j, host=True))
         if not moved:
             return Doing(host_s, 0.0, device_s, Flight(None))
         post_s, flight = self._flight(role, rnd, op, *moved)

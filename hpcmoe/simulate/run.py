@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcmoe import placing
 from hpcmoe.cluster.clusterfile import ClusterFile, read_cluster
-from hpcmoe.cluster.kernels import Calibration, find_calibration, read_calibration
+from hpcmoe.cluster.kernels import Calibration, find_calibration, read_calibration, same_kind
 from hpcmoe.cluster.network import Network
 from hpcmoe.compute.base import Sizes
 from hpcmoe.compute.step import Work
@@ -27,6 +27,7 @@ from hpcmoe.parallel.schedule import Role, Schedule, build
 from hpcmoe.report import metrics, table, trace
 from hpcmoe.report.record import RankRecord
 from hpcmoe.simulate.alike import alike
+from hpcmoe.simulate.choice import ExchangeTrial, exchange_trial
 from hpcmoe.simulate.clock import Clock
 from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.facts import simulated_facts
@@ -35,10 +36,11 @@ from hpcmoe.simulate.loads import read_shares
 from hpcmoe.simulate.memory import Held, fit, nearest, shard_of
 from hpcmoe.simulate.modelfile import read_model
 from hpcmoe.simulate.records import records_of
+from hpcmoe.simulate.staged import StagedNetwork
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import even_rounds, feed
 
-MODELLED = ("auto", "ialltoallv", "pairwise", "hierarchical")  # transports; all but the last go straight from leader to expert
+MODELLED = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")  # transports; auto: flat or hierarchical
 
 
 class Told(NamedTuple):
@@ -63,7 +65,8 @@ class Told(NamedTuple):
 
 
 class Simulated(NamedTuple):
-    """What came of it. sizes: of the batch; leaders: of a stage."""
+    """What came of it. sizes: of the batch; leaders: of a stage; hierarchical: the transport, else rows go straight to their experts; trial:
+    by which it was chosen, where it was left open and nodes matter."""
 
     told: Told
     layout: Layout
@@ -74,6 +77,8 @@ class Simulated(NamedTuple):
     network: Network
     groups: list[Group]
     records: list[RankRecord]
+    hierarchical: bool = False
+    trial: ExchangeTrial | None = None
 
 
 def run(args) -> int:
@@ -107,6 +112,8 @@ def read(args) -> Told:
     share_le, load = read_shares(args.load, model, job.run.batch_tokens)
     told = Told(job, model, cluster, calibration, gpus, _lengths(args, job, model), share_le, load, _warnings(args, cluster, calibration))
     _check_dtype(told, str(path))
+    if job.run.transport == "staged" and not told.gpu:
+        raise at("simulate", "run.transport", "staged", "another one: it is modelled for GPUs, whose rows it copies through the host")
     return told
 
 
@@ -157,7 +164,7 @@ def _warnings(args, c: ClusterFile, calibration: Calibration) -> list[str]:
     found, peak = [], calibration.gemm.units * calibration.gemm.unit_gflop_per_s / 1e3
     if args.calibration:
         own = read_calibration(find_calibration(c.calibration, args.cluster)).machine
-        if own != calibration.machine:
+        if not same_kind(own, calibration.machine):
             found.append(f"{args.calibration} is of {calibration.machine!r}; {args.cluster} names a calibration of {own!r}")
     if not 0.8 < peak / c.rank.tflop_per_s < 1.25:
         found.append(f"the calibration is of {calibration.machine!r}, whose products reach {peak:.4g} TFLOP/s at most; "
@@ -177,7 +184,8 @@ def simulate(told: Told) -> Simulated:
     model, c, job = told.model, told.cluster, told.job
     layout, why = choose(job.layout, told.gpus, model)
     node_of_rank = np.arange(told.gpus) // c.nodes.ranks_per_node
-    network, gpu, item = Network(c, node_of_rank), told.gpu, told.calibration.gemm.item_bytes
+    staged, gpu, item = job.run.transport == "staged", told.gpu, told.calibration.gemm.item_bytes
+    network = StagedNetwork(c, node_of_rank, told.calibration) if staged else Network(c, node_of_rank)
     sizes, held = _room(told, layout, item)
     cut = plan.cut(job.run, layout, gpu)
     schedule = build(plan.schedule_name(job.run, gpu), layout.pp, model.layers, cut.micros, cut.lanes, layout.tp > 1)
@@ -185,14 +193,27 @@ def simulate(told: Told) -> Simulated:
     local = shard_of(model, layout.tp).model if layout.tp > 1 else model
     durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8")
     expert_ls = placing.expert_ls(placing.placement_of(job, model, layout), model, layout)
+    trial = _trial(told, layout, network, durations)
+    hierarchical = trial.hierarchical if trial else job.run.transport == "hierarchical"
     setting = Setting(model, layout, schedule, durations, _slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
-                      job.run.transport == "hierarchical", expert_ls)
+                      hierarchical, expert_ls)
     groups, indices = _groups(told, setting, network, sizes)
     Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
     records = [record for group, mine in zip(groups, indices)
                for record in records_of(group, network, held, mine, "GPU" if gpu else "CPU")]
     leaders = len(layout.leader_places(node_of_rank, 0)[0])
-    return Simulated(told, layout, why, schedule, sizes, leaders, network, groups, records)
+    return Simulated(told, layout, why, schedule, sizes, leaders, network, groups, records, hierarchical, trial)
+
+
+def _trial(told: Told, layout: Layout, network: Network, durations: Durations) -> ExchangeTrial | None:
+    """Of the exchanges, where the job leaves the transport open and some stage has several ranks on several nodes."""
+    run_ = told.job.run
+    if run_.transport != "auto" or not plan.nodes_matter(layout, network.node_r.tolist()):
+        return None
+    leaders = len(layout.leader_places(network.node_r, 0)[0])
+    most = max(map(len, plan.hand_out(_works(told), leaders * layout.dp)))
+    rows = plan.usual_rows(run_, told.job.task, leaders, most, plan.cut(run_, layout, told.gpu))
+    return exchange_trial(network, layout, told.model, durations, alike(layout, network, [()] * layout.dp), rows)
 
 
 def _room(told: Told, layout: Layout, item: int) -> tuple[Sizes, dict[Role, Held]]:

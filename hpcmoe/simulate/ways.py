@@ -57,10 +57,11 @@ class Ways:
         return Leg(whole.load_l, whole.latency_s + delay_s, busiest / own), whole.host_s
 
     # ------------------------------------------------------------ between places
-    def _product(self, stage: int, send_r: np.ndarray, share_s: np.ndarray, row_bytes: float, back: bool = False) -> Moved:
-        """Place r sends send_r[r] * share_s[s] rows to place s; back: gets them."""
+    def _product(self, stage: int, send_r: np.ndarray, share_s: np.ndarray, row_bytes: float, back: bool = False, host: bool = False) -> Moved:
+        """Place r sends send_r[r] * share_s[s] rows to place s; back: gets them; host: they lie in host memory."""
+        network = self.network.in_host_memory if host else self.network
         a_r, b_r = (share_s, send_r) if back else (send_r, share_s)
-        leg, host_s = self.joined([self.network.product(ranks, a_r * row_bytes, b_r) for ranks in self.columns(stage)])
+        leg, host_s = self.joined([network.product(ranks, a_r * row_bytes, b_r) for ranks in self.columns(stage)])
         node_r = self.network.node_r[self.columns(stage)[0]]
         _, node_r = np.unique(node_r, return_inverse=True)
         own_r = a_r * b_r
@@ -72,7 +73,7 @@ class Ways:
         ones = np.ones(self.layout.ep)
 
         def make() -> Moved:
-            moved = self._product(stage, ones, ones, INT32 * (self.most_experts + FLAGS))
+            moved = self._product(stage, ones, ones, INT32 * (self.most_experts + FLAGS), host=True)
             return moved._replace(own_r=0 * ones)
         return self._once(("COUNTS", stage), make)
 
@@ -90,21 +91,23 @@ class Ways:
         return self._once(("STAY", rows, row_bytes), lambda: Moved((), 0.0, np.array([float(rows)]), none, none, row_bytes))
 
     # ------------------------------------------------------------ from leader to leader
-    def hand_on(self, source: int, target: int, bytes_j: tuple[float, ...], rows_j: tuple[int, ...]) -> Moved:
-        """Leader j (all of its shards) sends bytes_j[j] bytes to leader j of another stage."""
+    def hand_on(self, source: int, target: int, bytes_j: tuple[float, ...], rows_j: tuple[int, ...], host: bool = False) -> Moved:
+        """Leader j (all of its shards) sends bytes_j[j] bytes to leader j of another stage; host: from host memory to host memory."""
+        network = self.network.in_host_memory if host else self.network
+
         def make() -> Moved:
             pairs = []
             for dp in self.members:
                 for shard in range(self.layout.tp):
                     a, b = (np.array(self.layout.column(dp, stage, shard))[self.leaders_p[stage]] for stage in (source, target))
                     pairs.append((a, b))
-            leg, host_s = self.joined([self.network.pairs(a, b, bytes_j) for a, b in pairs])
+            leg, host_s = self.joined([network.pairs(a, b, bytes_j) for a, b in pairs])
             a, b = pairs[0]
             away_j, rows = self.network.node_r[a] != self.network.node_r[b], np.array(rows_j, dtype=float)
             place = np.zeros((3, self.layout.ep))
             place[1, self.leaders_p[source]], place[2, self.leaders_p[source]] = rows * ~away_j, rows * away_j
             return Moved((leg,), host_s, *place, sum(bytes_j) / max(1, sum(rows_j)))
-        return self._once(("PAIRS", source, target, bytes_j, rows_j), make)
+        return self._once(("PAIRS", source, target, bytes_j, rows_j, host), make)
 
     # ------------------------------------------------------------ tensor shards
     def sums(self, stage: int, rows_j: tuple[int, ...], row_bytes: float) -> Moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from hpcmoe.errors import EXIT_FAILED, EXIT_OK, UserError
 
@@ -13,6 +14,7 @@ EXAMPLES = """examples:
   hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
   hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
   hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --table h100_sxm_gemm_bf16.csv --hold-out 5120,14336,3584
+  hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --moe h100_sxm_moe_bf16.csv
 """
 
 
@@ -50,11 +52,17 @@ def add_parser(subparsers) -> None:
     gemm.add_argument("table", help="CSV with columns m, n, k, latency_ms, or .json of bench gpu")
     gemm.add_argument("--chip", required=True, metavar="NAME", help="whose peaks are not fitted: h100_sxm, h200_sxm")
     gemm.set_defaults(handler=_fit_gemm)
-    check = commands.add_parser("check", help="a calibration file against a table of measured products",
-                                description="Prints the error of a calibration file's products, by rows m.")
+    check = commands.add_parser("check", help="a calibration file against tables of measured products or MoE layers",
+                                description="Prints the error of a calibration file's products, by rows m; or predicted / measured of MoE "
+                                "layers of another engine, one GPU's share: median, 5th and 95th percentile.")
     check.add_argument("calibration", help="a calibration file (inputs/calibrations/*.toml)")
-    check.add_argument("--table", required=True, metavar="FILE", help="CSV with columns m, n, k, latency_ms, or .json of bench gpu")
+    which = check.add_mutually_exclusive_group(required=True)
+    which.add_argument("--table", metavar="FILE", help="CSV with columns m, n, k, latency_ms, or .json of bench gpu")
+    which.add_argument("--moe", metavar="FILE", help="CSV with columns num_tokens, hidden_size, inter_size, topk, num_experts, moe_tp_size, "
+                       "moe_ep_size, distribution, latency_ms")
     check.set_defaults(handler=_check)
+    check.add_argument("--ungated", type=_sizes, default=(), metavar="N,N", help="with --moe: inter_size of experts that have no gate, that is two "
+                       "matrices and not three")
     for one in (gemm, check):
         one.add_argument("--hold-out", type=_sizes, default=(), metavar="N,N", help="rows with n or k of these: not fitted, judged apart")
     links = commands.add_parser("fit-links", help="fit links within a node to a table of NCCL's collectives",
@@ -151,14 +159,29 @@ def _check(args) -> int:
     import numpy as np
 
     from hpcmoe.cluster import gemm_fit
-    from hpcmoe.cluster.kernels import read_calibration
-    model, rows = read_calibration(args.calibration).gemm, gemm_fit.read_products(args.table)
+    from hpcmoe.cluster.kernels import read_calibration, same_kind
+    if args.moe:
+        return _check_layers(args)
+    calibration, rows = read_calibration(args.calibration), gemm_fit.read_products(args.table)
+    model, there = calibration.gemm, gemm_fit.measured_on(args.table)
+    if there and not same_kind(there, calibration.machine):
+        print(f"hpcmoe: warning: {args.table} was measured on {there!r}; {args.calibration} is of {calibration.machine!r}", file=sys.stderr, flush=True)
     held = rows.held_out(args.hold_out)
     for m in np.unique(rows.m):
         print(f"m = {m:<6}  {gemm_fit.error(model, rows.where(rows.m == m))}")
     for title, part in (("others", ~held), ("held out", held)) if held.any() else (("all", ~held),):
         if part.any():
             print(f"{title:<10}  {gemm_fit.error(model, rows.where(part))}")
+    return EXIT_OK
+
+
+def _check_layers(args) -> int:
+    from hpcmoe.cluster import moe_check
+    from hpcmoe.cluster.kernels import read_calibration
+    if args.hold_out:
+        raise UserError("--hold-out is for --table: nothing was fitted to MoE layers")
+    calibration, cases = read_calibration(args.calibration), moe_check.read_layers(args.moe, args.ungated)
+    print("\n".join(moe_check.table(cases, moe_check.ratios(calibration, cases))).rstrip())
     return EXIT_OK
 
 
