@@ -30,7 +30,8 @@ def _main(argv: list[str] | None) -> int:
 
     from hpcmoe import doctor
     from hpcmoe.bench import bench_cli
-    from hpcmoe.cluster import balance_cli, calibrate_cli, place_cli
+    from hpcmoe.calibrate import calibrate_cli
+    from hpcmoe.cluster import balance_cli, place_cli
     from hpcmoe.data import weights_cli
     from hpcmoe.launch import Parser
     from hpcmoe.report import report_cli

@@ -58,8 +58,39 @@ class HostModel:
 
 
 @dataclass(frozen=True)
+class CallsModel:
+    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. All 0 for a GPU.
+
+    KIND_us: of an op, KIND_row_us: of each of its rows; expert_one_us: of each expert that has rows; draw_us, draw_ns: of an op that
+    draws tokens, and of each such row and entry of the vocabulary; step_us, step_row_us: of putting a step together, and of each
+    sequence in it.
+    """
+
+    begin_us: float = 0.0
+    begin_row_us: float = 0.0
+    attend_us: float = 0.0
+    attend_row_us: float = 0.0
+    gate_us: float = 0.0
+    gate_row_us: float = 0.0
+    dispatch_us: float = 0.0
+    dispatch_row_us: float = 0.0
+    expert_us: float = 0.0
+    expert_one_us: float = 0.0
+    expert_row_us: float = 0.0
+    merge_us: float = 0.0
+    merge_row_us: float = 0.0
+    sample_us: float = 0.0
+    sample_row_us: float = 0.0
+    draw_us: float = 0.0
+    draw_ns: float = 0.0
+    step_us: float = 0.0
+    step_row_us: float = 0.0
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from."""
+    """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from; processor: the rank's,
+    in its own words ("": not known)."""
 
     machine: str
     source: str
@@ -67,6 +98,8 @@ class Calibration:
     attention: AttentionModel
     elementwise: ElementwiseModel
     host: HostModel
+    calls: CallsModel = CallsModel()
+    processor: str = ""
 
     def gemm_s(self, m, n, k) -> np.ndarray:
         """Products x[m, k] W[k, n]; sizes are broadcast."""
@@ -142,7 +175,8 @@ def read_calibration(path: str | Path) -> Calibration:
     return found
 
 
-MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us"}
+MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us",
+               *vars(CallsModel())}
 
 
 def _check_positive(values: dict, where: str, prefix: str = "") -> None:
@@ -167,8 +201,9 @@ def gemm_toml(model: GemmModel) -> str:
 
 def calibration_toml(c: Calibration) -> str:
     """A calibration file's text."""
-    tables = [_table(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host")]
-    return f"machine = {json.dumps(c.machine)}\nsource = {json.dumps(c.source)}\n\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
+    tables = [_table(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host", "calls")]
+    heads = "".join(f"{name} = {json.dumps(getattr(c, name))}\n" for name in ("machine", "source", "processor"))
+    return f"{heads}\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
 
 
 def _table(name: str, values: dict) -> str:

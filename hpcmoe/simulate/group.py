@@ -135,6 +135,10 @@ class Group:
         """Whether this is where a step's rows come into the stage (EMBED does so on tensor shards of stage 0)."""
         return op.layer == self.setting.schedule.layers_of(role.stage)[0] and not (self.setting.layout.tp > 1 and role.stage == 0)
 
+    def _begun(self, role: Role) -> tuple[str, ...]:
+        """What a step begins with: where requests are batched it is put together."""
+        return ("begin",) if role.stage else ("step", "begin")
+
     def _recv(self, role: Role, rnd: int, op: Op) -> Doing:
         schedule, last = self.setting.schedule, self.setting.schedule.stages - 1
         if role.stage:
@@ -145,10 +149,10 @@ class Group:
         return Doing(waits_on=(self.number, last, rnd - 1, Op("SAMPLE", schedule.layers_of(last)[-1], op.micro)))
 
     def _embed(self, role: Role, rnd: int, op: Op) -> Doing:
-        return self._summed(role, rnd, op, "begin", "sums")
+        return self._summed(role, rnd, op, *self._begun(role), "sums")
 
     def _attend(self, role: Role, rnd: int, op: Op) -> Doing:
-        host_s, device_s = self._leaders(rnd, op.micro, *["begin"] * self._begins(role, op), "attend")
+        host_s, device_s = self._leaders(rnd, op.micro, *self._begun(role) * self._begins(role, op), "attend")
         return Doing(host_s, 0.0, device_s)
 
     def _reduce_attend(self, role: Role, rnd: int, op: Op) -> Doing:
@@ -199,7 +203,8 @@ class Group:
     def _expert(self, role: Role, rnd: int, op: Op) -> Doing:
         def make():
             rows_s = self._slot_rows(rnd, op)
-            took = [self.setting.durations.expert(tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist())) for p in self.places(role)]
+            tokens = sum(self._counts_j(rnd, op.micro))
+            took = [self.setting.durations.expert(tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist()), tokens) for p in self.places(role)]
             return self._host_and_device(np.array(took).T)
         host_s, device_s = self._once((role, "EXPERT", op.layer, sum(self._counts_j(rnd, op.micro))), make)
         return Doing(host_s, 0.0, device_s)

@@ -74,7 +74,7 @@ def feed(lengths: list[tuple[int, int]], sizes: Sizes, chunk: int, window: int) 
             batch, _ = batcher.build(m)
             if m == 0:
                 alive = batch.alive  # what leaders tell each other in the first exchange of a round
-            rows_m.append(_rows(batch, window))
+            rows_m.append(rows_of(batch, window))
         rows_rm.append(rows_m)
     served = [Served(s.work.index, len(s.work.tokens), len(s.output), s.admitted_s, s.first_token_s, s.end_s) for s in batcher.finished]
     return Feed(rows_rm, served)
@@ -90,7 +90,8 @@ def even_rounds(feeds: list[Feed]) -> list[Feed]:
     return [made[id(feed)] for feed in feeds]
 
 
-def _rows(batch: Batch, window: int) -> Rows:
+def rows_of(batch: Batch, window: int) -> Rows:
+    """What a step holds; window: of the attention, 0 for none."""
     start_q, count_q = batch.segments.start_q, batch.segments.count_q
     one_q = count_q == 1
     keys_q = start_q[one_q] + 1

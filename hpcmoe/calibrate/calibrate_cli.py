@@ -68,18 +68,28 @@ def _measure(args) -> int:
     import datetime
     import os
 
+    from dataclasses import replace
+
+    from hpcmoe.calibrate import ops
     from hpcmoe.cluster import measure
     from hpcmoe.cluster.kernels import calibration_toml
-    from hpcmoe.doctor import cpu
+    from hpcmoe.doctor import processor
     from hpcmoe.files import replacing
-    machine = args.machine or f"one core of {cpu()[0]}"
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+    machine = args.machine or f"one core of {processor()}"
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
-    found = measure.measure(machine, source, args.backend, args.dtype, lambda text: print(text, flush=True))
+    found = measure.measure(machine, source, args.backend, args.dtype, tell)
+    timed = ops.measure_ops(args.backend, args.dtype, tell)
+    calls = ops.fit_calls(found.calibration, timed)
+    made = replace(found.calibration, calls=calls, processor=processor())
+    found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
     width = max(map(len, found.errors))
     errors = [f"{title:<{width}}  {error}" for title, error in found.errors.items()]
     with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
-        file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(found.calibration))
+        file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(made))
     print("\n".join(errors) + f"\ncalibration in {args.output}")
     return EXIT_OK
 
