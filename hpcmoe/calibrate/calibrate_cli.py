@@ -28,6 +28,14 @@ def add_parser(subparsers) -> None:
     measured.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products (default fp32)")
     measured.add_argument("--machine", default="", metavar="NAME", help="what to call the machine (default: its processor)")
     measured.set_defaults(handler=_measure)
+    here = commands.add_parser("links", help="measure exchanges and shared cores of the ranks of this job, and write a cluster file",
+                               description="Under mpiexec: measures what exchanges and waiting take between the ranks of a node, what its cores carry "
+                               "together, and what links between nodes do, in some seconds, and writes a cluster file that names a calibration.")
+    here.add_argument("--calibration", required=True, metavar="FILE", help="kernels of a rank here, from calibrate measure; the cluster file names it")
+    here.add_argument("--output", required=True, metavar="FILE", help="the cluster file")
+    here.add_argument("--ranks-per-node", type=int, default=16, metavar="N", help="most ranks of a job on a node (default 16)")
+    here.add_argument("--name", default="this machine", metavar="NAME", help="of the cluster (default: this machine)")
+    here.set_defaults(handler=_links)
     gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
                                description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
                                "on rows held out.")
@@ -71,8 +79,9 @@ def _measure(args) -> int:
     from dataclasses import replace
 
     from hpcmoe.calibrate import ops
+    from hpcmoe.calibrate.engine import measure_engine
     from hpcmoe.cluster import measure
-    from hpcmoe.cluster.kernels import calibration_toml
+    from hpcmoe.cluster.kernels import CallsModel, calibration_toml
     from hpcmoe.doctor import processor
     from hpcmoe.files import replacing
 
@@ -83,7 +92,10 @@ def _measure(args) -> int:
     source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
     found = measure.measure(machine, source, args.backend, args.dtype, tell)
     timed = ops.measure_ops(args.backend, args.dtype, tell)
-    calls = ops.fit_calls(found.calibration, timed)
+    plan_us, expert_plan_us = ops.measure_plans(args.backend, args.dtype)
+    others = {"plan_us": plan_us, "expert_plan_us": expert_plan_us, **measure_engine(args.backend, args.dtype)._asdict()}
+    tell("the engine, us: " + ", ".join(f"{name} {value:.3g}" for name, value in others.items()))
+    calls = ops.fit_calls(found.calibration, timed, CallsModel(**{name: float(f"{value:.4g}") for name, value in others.items()}))
     made = replace(found.calibration, calls=calls, processor=processor())
     found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
     width = max(map(len, found.errors))
@@ -92,6 +104,45 @@ def _measure(args) -> int:
         file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(made))
     print("\n".join(errors) + f"\ncalibration in {args.output}")
     return EXIT_OK
+
+
+def _links(args) -> int:
+    from hpcmoe import launch
+    comm = launch.start_mpi().COMM_WORLD
+    from hpcmoe.calibrate.links import measure_links
+    from hpcmoe.parallel.watched import Watched
+    from hpcmoe.parallel.world import on_root
+    watched = Watched(comm)
+    on_root(watched, _check_links, args, comm.size)
+    found = measure_links(watched, print if comm.rank == 0 else lambda text: None)
+    on_root(watched, _write_links, args, found, watched)
+    return EXIT_OK
+
+
+def _check_links(args, ranks: int) -> None:
+    from hpcmoe.cluster.kernels import read_calibration
+    read_calibration(args.calibration)
+    if args.ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node {args.ranks_per_node}: expected a number >= 1")
+
+
+def _write_links(args, found, comm) -> None:
+    import datetime
+    import os
+
+    from hpcmoe import memory
+    from hpcmoe.calibrate.links import cluster_toml
+    from hpcmoe.cluster.kernels import read_calibration
+    from hpcmoe.files import replacing
+    gemm = read_calibration(args.calibration).gemm
+    beside = os.path.relpath(os.path.abspath(args.calibration), os.path.dirname(os.path.abspath(args.output)))
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    source = f"hpcmoe calibrate links on {comm.size} ranks, {datetime.date.today().isoformat()}, {load}"
+    text = cluster_toml(found, args.name, 1, args.ranks_per_node, memory.available() / args.ranks_per_node / 2**30,
+                        gemm.units * gemm.unit_gflop_per_s / 1e3, beside, source)
+    with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"cluster file in {args.output}")
 
 
 def _fit_gemm(args) -> int:

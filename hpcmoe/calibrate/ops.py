@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from hpcmoe import linear
 from hpcmoe.cluster.fit import FitError, least_squares
 from hpcmoe.cluster.kernels import Calibration, CallsModel
 from hpcmoe.compute.base import Sizes
@@ -116,14 +117,39 @@ def _batch(watch: _Stopwatch, works: list[Work], sizes: Sizes, sequences: int) -
     watch("step", work)
 
 
+# ---------------------------------------------------------------- numbers of rows that are new
+PLAN_ROWS = (1, 2, 3, 5, 9, 17, 23, 31, 48, 65, 97, 130, 200)
+PLAN_SHAPES = ((328, 192), (200, 192), (2056, 192), (1032, 512))  # (n, k); as experts' below, not those of MODELS, whose plans are there
+
+
+def measure_plans(backend_name: str, dtype: str) -> tuple[float, float]:
+    """us that the first call with a number of rows takes more than later ones, medians: of a product, of an expert."""
+    backend = linear.choose(backend_name, dtype)
+    products = [backend.linear(np.ones(shape, np.float32)) for shape in PLAN_SHAPES]
+    experts = []
+    for model in MODELS:
+        gate_fd, down_df = (np.ones(shape, np.float32) for shape in ((model.expert.f + 8, model.d), (model.d, model.expert.f + 8)))
+        experts.append(backend.expert(gate_fd, gate_fd, down_df))
+    return tuple(max(0.0, float(np.median([_first_s(product, m) for product in some for m in PLAN_ROWS]))) * 1e6 for some in (products, experts))
+
+
+def _first_s(product, rows: int) -> float:
+    x_mk, seconds = np.ones((rows, product.k), np.float32), []
+    for _ in range(5):
+        start = time.thread_time()
+        product(x_mk)
+        seconds.append(time.thread_time() - start)
+    return seconds[0] - float(np.median(seconds[1:]))
+
+
 # ---------------------------------------------------------------- fit
 FEATURES = {"draw": ("draw_us", "draw_ns"), "expert": ("expert_us", "expert_one_us", "expert_row_us")}
 START_US = 5.0
 
 
-def fit_calls(c: Calibration, timed: list[Timed]) -> CallsModel:
-    """What makes Durations of this calibration nearest to the ops."""
-    values: dict[str, float] = {}
+def fit_calls(c: Calibration, timed: list[Timed], others: CallsModel = CallsModel()) -> CallsModel:
+    """What makes Durations of this calibration nearest to the ops; others: with the numbers that are not fitted to these."""
+    values: dict[str, float] = {name: 0.0 for name in vars(others)}
     for kind in KINDS:
         rows = [one for one in timed if one.kind == kind]
         names = FEATURES.get(kind, (f"{kind}_us", f"{kind}_row_us"))
@@ -133,7 +159,7 @@ def fit_calls(c: Calibration, timed: list[Timed]) -> CallsModel:
         measured = np.array([one.seconds for one in rows])
         x = least_squares(lambda x: base + np.exp(x) @ unit, np.log(np.full(len(names), START_US)), measured)
         values |= {name: float(f"{v:.4g}") for name, v in zip(names, np.exp(x))}
-    return CallsModel(**values)
+    return replace(others, **{name: value for name, value in values.items() if value})
 
 
 def op_seconds(c: Calibration, timed: list[Timed]) -> np.ndarray:

@@ -6,6 +6,7 @@ a CUDA graph (steps without prompt chunks, ranks with one expert).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -126,8 +127,8 @@ class Durations:
     def expert(self, rows_e: tuple[int, ...], tokens: int = 0) -> Took:
         """A rank's experts, each on its rows; of several the rows are put in order before and after.
 
-        rows_e: means, where each of `tokens` tokens chooses for itself: expert e then has rows in 1 - (1 - rows_e / tokens)^tokens of all
-        steps, and more of them in these. tokens = 0: so many rows.
+        Of several experts rows_e are means, where each of `tokens` tokens chooses for itself: expert e then has rows in
+        1 - (1 - rows_e / tokens)^tokens of all steps, and more of them in these. tokens = 0: so many rows.
         """
         n, x, d = sum(rows_e), self.model.expert, self.whole.d
         if not n:
@@ -135,8 +136,11 @@ class Durations:
         wide = (1 + x.gated) * x.f
         seconds = used = 0.0
         for rows in filter(None, rows_e):
-            part = 1 - (1 - rows / tokens) ** tokens if rows < tokens else 1.0
-            seconds += part * (self._product(rows / part, wide, d) + self._product(rows / part, d, x.f))
+            part = 1 - (1 - rows / tokens) ** tokens if len(rows_e) > 1 and rows < tokens else 1.0
+            least = math.floor(rows / part)
+            more = rows / part - least
+            for m, weight in ((least, part * (1 - more)), (least + 1, part * more)):
+                seconds += weight * (self._product(m, wide, d) + self._product(m, d, x.f)) if weight else 0.0
             used += part
         seconds += self._pass(n * (wide + x.f) * self.item)
         launches = 2 * round(used) + 1
