@@ -176,6 +176,7 @@ class RunJob:
     move copies of experts where that pays (0: never). rebalance_gb_per_s: what moving weights is reckoned with (0: measured).
     capacity_factor: at most ceil(factor x tokens x top_k / experts) rows per expert of a leader's micro-batch (0: no limit);
     over_capacity: reroute or drop what is beyond (model.capacity). It changes results; on CPUs.
+    cluster: cluster file of the machine ("": $HPCMOE_CLUSTER, or none): the report says what the simulator predicts on it.
     """
 
     schedule: str = "overlapped"
@@ -198,6 +199,7 @@ class RunJob:
     rebalance_gb_per_s: float = 0.0
     capacity_factor: float = 0.0
     over_capacity: str = "reroute"
+    cluster: str = ""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def _measure(args) -> int:
 
     from dataclasses import replace
 
+    from hpcmoe import launch
     from hpcmoe.calibrate import ops
     from hpcmoe.calibrate.engine import measure_engine
     from hpcmoe.cluster import measure
@@ -93,9 +94,10 @@ def _measure(args) -> int:
     found = measure.measure(machine, source, args.backend, args.dtype, tell)
     timed = ops.measure_ops(args.backend, args.dtype, tell)
     plan_us, expert_plan_us = ops.measure_plans(args.backend, args.dtype)
-    others = {"plan_us": plan_us, "expert_plan_us": expert_plan_us, **measure_engine(args.backend, args.dtype)._asdict()}
-    tell("the engine, us: " + ", ".join(f"{name} {value:.3g}" for name, value in others.items()))
-    calls = ops.fit_calls(found.calibration, timed, CallsModel(**{name: float(f"{value:.4g}") for name, value in others.items()}))
+    calls = ops.fit_calls(found.calibration, timed, CallsModel(plan_us=plan_us, expert_plan_us=expert_plan_us))
+    engine = measure_engine(launch.start_mpi().COMM_SELF, replace(found.calibration, calls=calls), args.backend, args.dtype)
+    calls = CallsModel(**{name: float(f"{value:.4g}") for name, value in {**vars(calls), **engine._asdict()}.items()})
+    tell(f"the engine: {calls.op_us:g} us of any op; {calls.plan_us:g} us of a product's first time with a number of rows, {calls.expert_plan_us:g} of an expert's")
     made = replace(found.calibration, calls=calls, processor=processor())
     found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
     width = max(map(len, found.errors))
@@ -113,17 +115,18 @@ def _links(args) -> int:
     from hpcmoe.parallel.watched import Watched
     from hpcmoe.parallel.world import on_root
     watched = Watched(comm)
-    on_root(watched, _check_links, args, comm.size)
-    found = measure_links(watched, print if comm.rank == 0 else lambda text: None)
+    calibration = on_root(watched, _check_links, args)
+    found = measure_links(watched, calibration, print if comm.rank == 0 else lambda text: None)
     on_root(watched, _write_links, args, found, watched)
     return EXIT_OK
 
 
-def _check_links(args, ranks: int) -> None:
+def _check_links(args):
+    """The calibration."""
     from hpcmoe.cluster.kernels import read_calibration
-    read_calibration(args.calibration)
     if args.ranks_per_node < 1:
         raise UserError(f"--ranks-per-node {args.ranks_per_node}: expected a number >= 1")
+    return read_calibration(args.calibration)
 
 
 def _write_links(args, found, comm) -> None:

@@ -1,20 +1,21 @@
-"""What the engine itself takes of each op: from the trace of a small job that runs in this process, on one rank."""
+"""What the engine itself takes of each op: from the traces of a small job that runs in this process, on one rank or on those of a communicator."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe import launch
 from hpcmoe.calibrate.ops import MODELS
+from hpcmoe.cluster.kernels import Calibration
 from hpcmoe.data.create import create
 from hpcmoe.jobfile import read_job
+from hpcmoe.simulate.durations import Durations
+from hpcmoe.simulate.workload import Rows
 
-SEQUENCES, PROMPT, OUTPUTS = 8, 4, 24
+SEQUENCES, PROMPT, OUTPUTS = 8, 4, 24  # of a rank
 
 
 class EngineTimes(NamedTuple):
@@ -25,26 +26,28 @@ class EngineTimes(NamedTuple):
     move_us: float
 
 
-def measure_engine(backend: str, dtype: str) -> EngineTimes:
-    """Medians of a job's spans. Starts MPI in this process. Raises UserError where there is none."""
-    comm = launch.start_mpi().COMM_SELF
+def measure_engine(comm, c: Calibration, backend: str, dtype: str) -> EngineTimes:
+    """Medians of a job's spans, waits apart. Collective over comm, whose ranks are of one node."""
     from hpcmoe.job import Session
     from hpcmoe.prepare import prepare
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.h5")
-        create(path, MODELS[0], "fp32", 1)
-        sizes = {"sequences": SEQUENCES, "prompt_tokens": PROMPT, "output_tokens": OUTPUTS}
+        folder = comm.bcast(folder)
+        path, mine = os.path.join(folder, "model.h5"), None
+        sizes = {"sequences": SEQUENCES * comm.size, "prompt_tokens": PROMPT, "output_tokens": OUTPUTS}
         config = read_job(None, ["task=throughput", f"weights.file={path}", f"output.dir={folder}", "output.trace=kept", "output.quiet=true",
-                                 "run.device=cpu", f"weights.backend={backend}", f"weights.dtype={dtype}",
-                                 *(f"throughput.{name}={n}" for name, n in sizes.items())])
-        prepared = prepare(config, 1)
-        session = Session(comm, prepared, prepared, lambda step: None, lambda text: None)
+                                 "run.device=cpu", "run.transport=ialltoallv", f"weights.backend={backend}", f"weights.dtype={dtype}",
+                                 f"layout.ep={comm.size}", *(f"throughput.{name}={n}" for name, n in sizes.items())])
+        if comm.rank == 0:
+            create(path, MODELS[0], "fp32", 1)
+            mine = prepare(config, comm.size)
+        shared = comm.bcast(mine.public() if mine else None)
+        session = Session(comm, shared, mine, lambda step: None, lambda text: None)
         session.load()
         session.execute(0.0)
-    found: dict[str, list[float]] = defaultdict(list)
-    for span in session.records[0].spans:
-        if not span.wait:
-            found[span.kind].append(1e6 * (span.end_s - span.start_s))
-    op, counts, dispatch, combine = (float(np.median(found[kind])) for kind in ("RECV", "COUNTS", "DISPATCH", "COMBINE"))
-    waited = float(np.median([1e6 * (s.end_s - s.start_s) for s in session.records[0].spans if s.wait and s.kind == "COUNTS"]))
-    return EngineTimes(op, counts + waited - op, max(0.0, (dispatch + combine) / 2 - op))
+        comm.Barrier()
+    spans = session.records[0].spans if comm.rank == 0 else []
+    busy = {kind: [1e6 * (s.end_s - s.start_s) for s in spans if s.kind == kind and not s.wait] for kind in ("RECV", "COUNTS", "DISPATCH", "COMBINE")}
+    op, counts, dispatch, combine = comm.bcast([float(np.median(us)) if us else 0.0 for us in busy.values()])
+    rows = Rows(np.zeros(0), np.zeros(0), 0.0, SEQUENCES, SEQUENCES, 0, SEQUENCES)
+    ordered_us = 1e6 * Durations(c, MODELS[0], MODELS[0], False, False, False).dispatch(rows).host_s
+    return EngineTimes(op, counts - op, max(0.0, (dispatch - ordered_us + combine) / 2 - op))

@@ -13,8 +13,13 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from hpcmoe import linear, memory
+from hpcmoe.calibrate.engine import measure_engine
+from hpcmoe.cluster.kernels import Calibration
 from hpcmoe.config import RouterConfig
 from hpcmoe.errors import UserError
+from hpcmoe.parallel.flat import Flags
+from hpcmoe.parallel.layout import Layout
+from hpcmoe.parallel.ops import Op
 
 ROWS, WIDTHS, ROUNDS = (1, 16, 128), (64, 256, 1024), 30
 WORK_S, PAUSE_S, PAUSES = 0.15, 0.01, 20
@@ -35,8 +40,8 @@ class Links(NamedTuple):
     nic_gb_per_s: float = 0.0
 
 
-def measure_links(comm, tell: Callable[[str], None]) -> Links:
-    """Collective; the same on all ranks. Raises UserError, on all ranks, where a node has one rank only."""
+def measure_links(comm, c: Calibration, tell: Callable[[str], None]) -> Links:
+    """Collective; the same on all ranks. c: of a rank here. Raises UserError, on all ranks, where a node has one rank only."""
     from hpcmoe.parallel.world import node_names
     names = node_names(comm)
     hosts = list(dict.fromkeys(names))
@@ -45,7 +50,7 @@ def measure_links(comm, tell: Callable[[str], None]) -> Links:
     node = comm.Split(hosts.index(names[comm.rank]), comm.rank)
     cores = memory.cores()
     message_us = _message_us(node)
-    host_us, rest_us, gb_per_s = _exchanges(node, cores)
+    host_us, (rest_us, gb_per_s) = _host_us(node, c), _exchanges(node, cores)
     tell(f"exchanges of {node.size} ranks: host {host_us:.3g} us, the rest of a small one {rest_us:.3g} us, {gb_per_s:.3g} GB/s from a rank")
     together, poll = _together(node, cores), _poll(node)
     tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; a waiting rank takes {poll:.2g} of a core where ranks are more than cores")
@@ -73,36 +78,64 @@ def _message_us(comm) -> float:
     return _median(comm, seconds)
 
 
-def _exchanges(comm, cores: int) -> tuple[float, float, float]:
-    """(us of the host, us of the rest of a small exchange, GB/s that leave a rank) of dispatch and combine."""
-    from hpcmoe.parallel.exchange import TRANSPORTS, Channel, Plan, row_type
-    from hpcmoe.parallel.handle import Waiter
-    from hpcmoe.device import Device
-    device = Device()
-    channel, wait, hosts, rests, bytes_i, seconds_i = Channel(comm, device, device.lane()), Waiter(comm.size > cores), [], [], [], []
+def _host_us(comm, c: Calibration) -> float:
+    """Of an exchange: what COUNTS, DISPATCH and COMBINE take of the host in a job on these ranks more than on one, in the mean."""
+    found, calls = measure_engine(comm, c, "auto", "fp32" if c.gemm.item_bytes == 4 else "bf16"), c.calls
+    return max(0.0, (found.counts_us - calls.counts_us + 2 * (found.move_us - calls.move_us)) / 3)
+
+
+def _exchanges(comm, cores: int) -> tuple[float, float]:
+    """(us that a small exchange takes after it is posted, GB/s that leave a rank), means of counts, dispatch and combine."""
+    from hpcmoe.compute.madeup import MadeUpRows
+    from hpcmoe.parallel.trial import Trial
+    from hpcmoe.parallel.world import World
+    world = World(comm, Layout(1, 1, comm.size), 1, ["here"] * comm.size)
+    world.transport = "ialltoallv"
+    router = RouterConfig(comm.size, min(2, comm.size))
+    rest_us, bytes_i, seconds_i = [], [], []
     for width in WIDTHS:
-        row = row_type(4 * width)
-        for rows in ROWS:
-            n_r = np.full(comm.size, rows, dtype=np.int64)
-            send, recv = (np.ones((rows * comm.size, width), np.float32) for _ in range(2))
-            host, whole = [], []
-            for _ in range(ROUNDS):
-                comm.Barrier()
-                start = time.monotonic()
-                plan = Plan.of(n_r, n_r, comm.rank)
-                handle = TRANSPORTS["ialltoallv"](channel, send, recv, plan, row)
-                posted = time.monotonic()
-                wait(handle, "exchange")
-                host.append(posted - start)
-                whole.append(time.monotonic() - start)
-            bytes_i.append(4 * width * rows * (comm.size - 1))
-            seconds_i.append(_median(comm, whole))
-            if rows * width <= 64 * 16:
-                hosts.append(_median(comm, host))
-                rests.append(seconds_i[-1] - hosts[-1])
-        row.Free()
-    slope_us = max(1e-9, float(np.polyfit(bytes_i, seconds_i, 1, w=1 / np.array(seconds_i))[0]))
-    return float(np.median(hosts)), max(0.0, float(np.median(rests))), 1e-3 / slope_us
+        for count in ROWS:
+            rows = MadeUpRows(router, width, 4 * width, count, [comm.rank], 1 + comm.rank)
+            trial = Trial(world, router, rows, (world.transport,), comm.size > cores)
+            rows.checking = False
+            measured = [_layer(comm, trial, rows) for _ in range(ROUNDS)]
+            trial.close()
+            host_k, rest_k = (np.median(comm.allgather(part), axis=(0, 1)) for part in zip(*measured))
+            sent = 4 * width * count * router.top_k * (comm.size - 1) / comm.size
+            bytes_i += [sent, sent]
+            seconds_i += (host_k + rest_k)[1:].tolist()
+            if count == min(ROWS):
+                rest_us.append(1e6 * float(rest_k.mean()))
+    slope = float(np.polyfit(bytes_i, seconds_i, 1, w=1 / np.array(seconds_i))[0])
+    return float(np.mean(rest_us)), 1e-9 / max(slope, 1e-15)
+
+
+def _layer(comm, trial, rows) -> tuple[list[float], list[float]]:
+    """(s that the host takes, s that it then waits) of counts, dispatch and combine of one layer, each begun by all ranks at once."""
+    exchange, host, rest = next(iter(trial.exchanges.values())), [], []
+
+    def step(work: Callable):
+        comm.Barrier()
+        start = time.monotonic()
+        handle = work()
+        posted = time.monotonic()
+        if handle is not None:
+            trial.wait(handle, "an exchange")
+        host.append(posted - start)
+        rest.append(time.monotonic() - posted)
+
+    found = {}
+
+    def dispatch():
+        found["n_recv_re"], _ = exchange.arrived(Op("DISPATCH", 0, 0))
+        found["x"], handle = exchange.dispatch(Op("DISPATCH", 0, 0))
+        return handle
+
+    step(lambda: exchange.counts(Op("COUNTS", 0, 0), rows.routed, lambda: Flags(0, 0, 0, 0)))
+    step(dispatch)
+    y_id = rows.expert(found["x"], found["n_recv_re"])
+    step(lambda: exchange.combine(Op("COMBINE", 0, 0), y_id))
+    return host, rest
 
 
 def _work(seconds: float) -> int:
