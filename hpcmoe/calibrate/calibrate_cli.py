@@ -8,6 +8,8 @@ from hpcmoe.errors import EXIT_OK, UserError
 
 EXAMPLES = """examples:
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 hpcmoe calibrate measure --output mine.toml
+  mpiexec -n 2 hpcmoe calibrate links --calibration mine.toml --output here.toml
+  hpcmoe calibrate compare inputs/comparisons/demo.toml --cluster here.toml
   hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
   hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
   hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --table h100_sxm_gemm_bf16.csv --hold-out 5120,14336,3584
@@ -36,6 +38,16 @@ def add_parser(subparsers) -> None:
     here.add_argument("--ranks-per-node", type=int, default=16, metavar="N", help="most ranks of a job on a node (default 16)")
     here.add_argument("--name", default="this machine", metavar="NAME", help="of the cluster (default: this machine)")
     here.set_defaults(handler=_links)
+    compare = commands.add_parser("compare", help="real runs on this machine beside what the simulator predicts of them",
+                                  description="Runs every setting of a comparison file, on one rank or under mpiexec, and prints tokens/s, TPOT and "
+                                  "phases beside the prediction that each run's report carries.")
+    compare.add_argument("comparison", help="a comparison file (inputs/comparisons/*.toml)")
+    compare.add_argument("--cluster", required=True, metavar="FILE", help="this machine's cluster file, from calibrate links")
+    compare.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each setting, by turns; the one in the middle counts (default 3)")
+    compare.add_argument("--only", default="", metavar="TEXT", help="only settings whose name contains this text")
+    compare.add_argument("--mpiexec", default="", metavar="COMMAND", help="launcher (default: the one beside this Python, or on the path)")
+    compare.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    compare.set_defaults(handler=_compare)
     gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
                                description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
                                "on rows held out.")
@@ -93,10 +105,11 @@ def _measure(args) -> int:
     source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
     found = measure.measure(machine, source, args.backend, args.dtype, tell)
     timed = ops.measure_ops(args.backend, args.dtype, tell)
-    plan_us, expert_plan_us = ops.measure_plans(args.backend, args.dtype)
-    calls = ops.fit_calls(found.calibration, timed, CallsModel(plan_us=plan_us, expert_plan_us=expert_plan_us))
+    plan_us, expert_plan_us, plan_rows = ops.measure_plans(args.backend, args.dtype)
+    calls = ops.fit_calls(found.calibration, timed, CallsModel(plan_us=plan_us, expert_plan_us=expert_plan_us, plan_rows=plan_rows))
     engine = measure_engine(launch.start_mpi().COMM_SELF, replace(found.calibration, calls=calls), args.backend, args.dtype)
-    calls = CallsModel(**{name: float(f"{value:.4g}") for name, value in {**vars(calls), **engine._asdict()}.items()})
+    rounded = {name: float(f"{value:.4g}") for name, value in {**vars(calls), **engine._asdict()}.items()}
+    calls = CallsModel(**{**rounded, "plan_rows": plan_rows})
     tell(f"the engine: {calls.op_us:g} us of any op; {calls.plan_us:g} us of a product's first time with a number of rows, {calls.expert_plan_us:g} of an expert's")
     made = replace(found.calibration, calls=calls, processor=processor())
     found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
@@ -146,6 +159,11 @@ def _write_links(args, found, comm) -> None:
     with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
         file.write(text)
     print(f"cluster file in {args.output}")
+
+
+def _compare(args) -> int:
+    from hpcmoe.calibrate import compare
+    return compare.run(args)
 
 
 def _fit_gemm(args) -> int:

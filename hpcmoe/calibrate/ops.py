@@ -27,6 +27,7 @@ from hpcmoe.data.weights import WeightsFile
 from hpcmoe.model.attention import Segments
 from hpcmoe.model.shard import Shard
 from hpcmoe.parallel.batch import Batcher
+from hpcmoe.products.packed import PackedLinear
 from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.workload import Rows, rows_of
 
@@ -118,19 +119,21 @@ def _batch(watch: _Stopwatch, works: list[Work], sizes: Sizes, sequences: int) -
 
 
 # ---------------------------------------------------------------- numbers of rows that are new
-PLAN_ROWS = (1, 2, 3, 5, 9, 17, 23, 31, 48, 65, 97, 130, 200)
+PLAN_ROWS = (1, 2, 3, 5, 9, 13, 17, 23, 31, 40, 48, 57, 65, 77)
 PLAN_SHAPES = ((328, 192), (200, 192), (2056, 192), (1032, 512))  # (n, k); as experts' below, not those of MODELS, whose plans are there
 
 
-def measure_plans(backend_name: str, dtype: str) -> tuple[float, float]:
-    """us that the first call with a number of rows takes more than later ones, medians: of a product, of an expert."""
+def measure_plans(backend_name: str, dtype: str) -> tuple[float, float, int]:
+    """(us that the first call with a number of rows takes more than later ones, medians: of a product, of an expert; rows of one call at
+    most, 0 for no limit)."""
     backend = linear.choose(backend_name, dtype)
     products = [backend.linear(np.ones(shape, np.float32)) for shape in PLAN_SHAPES]
     experts = []
     for model in MODELS:
         gate_fd, down_df = (np.ones(shape, np.float32) for shape in ((model.expert.f + 8, model.d), (model.d, model.expert.f + 8)))
         experts.append(backend.expert(gate_fd, gate_fd, down_df))
-    return tuple(max(0.0, float(np.median([_first_s(product, m) for product in some for m in PLAN_ROWS]))) * 1e6 for some in (products, experts))
+    product_us, expert_us = (max(0.0, float(np.median([_first_s(product, m) for product in some for m in PLAN_ROWS]))) * 1e6 for some in (products, experts))
+    return product_us, expert_us, products[0].weight.slab if isinstance(products[0], PackedLinear) else 0
 
 
 def _first_s(product, rows: int) -> float:
@@ -149,7 +152,7 @@ START_US = 5.0
 
 def fit_calls(c: Calibration, timed: list[Timed], others: CallsModel = CallsModel()) -> CallsModel:
     """What makes Durations of this calibration nearest to the ops; others: with the numbers that are not fitted to these."""
-    values: dict[str, float] = {name: 0.0 for name in vars(others)}
+    values: dict[str, float] = {}
     for kind in KINDS:
         rows = [one for one in timed if one.kind == kind]
         names = FEATURES.get(kind, (f"{kind}_us", f"{kind}_row_us"))
@@ -159,7 +162,7 @@ def fit_calls(c: Calibration, timed: list[Timed], others: CallsModel = CallsMode
         measured = np.array([one.seconds for one in rows])
         x = least_squares(lambda x: base + np.exp(x) @ unit, np.log(np.full(len(names), START_US)), measured)
         values |= {name: float(f"{v:.4g}") for name, v in zip(names, np.exp(x))}
-    return replace(others, **{name: value for name, value in values.items() if value})
+    return replace(others, **values)
 
 
 def op_seconds(c: Calibration, timed: list[Timed]) -> np.ndarray:

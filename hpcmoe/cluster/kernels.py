@@ -63,8 +63,8 @@ class CallsModel:
 
     KIND_us: of an op, KIND_row_us: of each of its rows; expert_one_us: of each expert that has rows; draw_us, draw_ns: of an op that
     draws tokens, and of each such row and entry of the vocabulary; step_us, step_row_us: of putting a step together, and of each
-    sequence in it; plan_us, expert_plan_us: of a product, and of an expert, on a number of rows that it has not had before. Of the
-    engine: op_us of every op, counts_us of COUNTS, move_us of DISPATCH and of COMBINE besides.
+    sequence in it; plan_us, expert_plan_us: of a product, and of an expert, on a number of rows that it has not had before, where
+    plan_rows are the most of one call (0: no limit). Of the engine: op_us of every op, counts_us of COUNTS, move_us of DISPATCH and of COMBINE besides.
     """
 
     begin_us: float = 0.0
@@ -88,6 +88,7 @@ class CallsModel:
     step_row_us: float = 0.0
     plan_us: float = 0.0
     expert_plan_us: float = 0.0
+    plan_rows: int = 0
     op_us: float = 0.0
     counts_us: float = 0.0
     move_us: float = 0.0

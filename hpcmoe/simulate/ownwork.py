@@ -37,7 +37,8 @@ class OwnWork:
         if kind not in self.new_jrm:
             name = "wanted" if kind == "SAMPLE" else "count"
             shape = (self.group.rounds, self.group.setting.micros)
-            self.new_jrm[kind] = np.array([np.reshape(first_seen([getattr(rows, name) for rows_m in feed.rows_rm for rows in rows_m]), shape)
+            self.new_jrm[kind] = np.array([np.reshape(first_seen([getattr(rows, name) for rows_m in feed.rows_rm for rows in rows_m],
+                                                                 self.calls.plan_rows), shape)
                                            for feed in self.group.distinct], dtype=float)
         return self.new_jrm[kind]
 
@@ -47,7 +48,7 @@ class OwnWork:
             top_k, share_ls = group.setting.model.router.top_k, group.setting.share_ls
             made = np.zeros((len(places), len(layers), group.rounds, group.setting.micros))
             for i, place in enumerate(places):
-                unseen, slots = Unseen(), slice(group.slots_r[place], group.slots_r[place + 1])
+                unseen, slots = Unseen(self.calls.plan_rows), slice(group.slots_r[place], group.slots_r[place + 1])
                 for rnd in range(group.rounds):
                     for m in range(group.setting.micros):
                         tokens = sum(rows.count for rows in group.rows_j(rnd, m))

@@ -1,5 +1,6 @@
 """How often a CPU's products meet a number of rows for the first time: the library then plans a product of that shape (oneDNN compiles
-one), which takes longer than the product itself where weights are small. All layers of a rank share the plans of a shape.
+one), which takes longer than the product itself where weights are small. All layers of a rank share the plans of a shape, and many rows are
+cut into slabs, of which the last one may be of a new size.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ SIGMAS = 6.0      # of a number of rows, beyond which it is not looked for
 SETTLED = 1e-3    # so few new plans: no more are looked for with as many tokens
 
 
-def first_seen(counts: list[int]) -> list[bool]:
-    """Which of some numbers, in order, has not been there before; 0 never counts."""
-    seen: set[int] = {0}
-    return [count not in seen and not seen.add(count) for count in counts]
+def last_slab(rows, slab: int):
+    """Rows of the last slab of so many rows, at most `slab` in one (0: all in one)."""
+    return (rows - 1) % slab + 1 if slab else rows
+
+
+def first_seen(counts: list[int], slab: int) -> list[bool]:
+    """Which of some numbers of rows, in order, has a last slab that has not been there before; none of 0."""
+    seen: set[int] = set()
+    sizes = [last_slab(count, slab) if count else 0 for count in counts]
+    return [bool(size) and size not in seen and not seen.add(size) for size in sizes]
 
 
 class Unseen:
@@ -24,8 +31,9 @@ class Unseen:
     An expert e of which each of n tokens makes a choice with probability p_e has a binomial number of rows.
     """
 
-    def __init__(self):
-        self.unseen_m = np.ones(1)  # by number of rows: the probability that none has had it yet
+    def __init__(self, slab: int):
+        self.slab = slab
+        self.unseen_m = np.ones(1 + slab)  # by rows of the last slab: the probability that there has been none like it
         self.settled: set[tuple[int, bytes]] = set()
 
     def new(self, tokens: int, chance_e: np.ndarray) -> float:
@@ -33,15 +41,15 @@ class Unseen:
         key = tokens, chance_e.tobytes()
         if not tokens or key in self.settled:
             return 0.0
-        if len(self.unseen_m) <= tokens:
+        if not self.slab and len(self.unseen_m) <= tokens:
             self.unseen_m = np.concatenate([self.unseen_m, np.ones(tokens + 1 - len(self.unseen_m))])
-        none_m = np.ones(tokens + 1)  # that no expert has so many rows now
+        none_m = np.ones(len(self.unseen_m))  # that no expert has so many rows now
         for chance in np.minimum(chance_e, 1.0):
             first, pmf = _binomial(tokens, float(chance))
-            none_m[first:first + len(pmf)] *= 1 - pmf
-        none_m[0] = 1.0  # without rows nothing is computed
-        found = float((self.unseen_m[:tokens + 1] * (1 - none_m)).sum())
-        self.unseen_m[:tokens + 1] *= none_m
+            rows = np.arange(first, first + len(pmf))
+            np.multiply.at(none_m, last_slab(rows[rows > 0], self.slab), 1 - pmf[rows > 0])
+        found = float((self.unseen_m * (1 - none_m)).sum())
+        self.unseen_m *= none_m
         if found < SETTLED:
             self.settled.add(key)
         return found
