@@ -79,7 +79,10 @@ class Durations:
         wide = (a.heads + 2 * a.kv_heads) * a.head_dim
         c, shape = self.calibration, (a.heads, a.kv_heads, a.head_dim)
         seconds = self._norm(t) + self._product(t, wide, d) + self._pass(2 * t * wide * self.item)
-        seconds += c.prefill_s(rows.start_q, rows.count_q, *shape) + float(c.decode_s(rows.keys, rows.singles, *shape))
+        keys = rows.keys if self.gpu else max(rows.keys, rows.padded)
+        seconds += c.prefill_s(rows.start_q, rows.count_q, *shape) + float(c.decode_s(keys, rows.singles, *shape))
+        if not self.gpu and rows.apart:
+            seconds += self._pass(rows.apart * 4 * FP32 * a.kv_heads * a.head_dim)  # keys and values, read and written
         seconds += self._product(t, d, a.heads * a.head_dim)
         if not self.gpu and self.alone:
             seconds += self._pass(3 * FP32 * t * d)
