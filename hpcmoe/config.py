@@ -285,9 +285,9 @@ def _converted_list(item, value, where: str, name: str) -> tuple:
         if isinstance(value, (list, tuple)) and all(isinstance(v, dict) for v in value):
             return tuple(from_dict(item, v, where, f"{name}[{i}].") for i, v in enumerate(value))
         raise at(where, name, value, f"a list of tables: [[{name}]]")
-    if isinstance(value, (list, tuple)) and all(type(v) in (item, int) for v in value):
+    if isinstance(value, (list, tuple)) and all(type(v) is item or (item is float and type(v) is int) for v in value):
         return tuple(item(v) for v in value)
-    raise at(where, name, value, "a list of integers" if item is int else "a list of numbers")
+    raise at(where, name, value, {int: "a list of integers", str: "a list of texts"}.get(item, "a list of numbers"))
 
 
 def to_dict(config) -> dict:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe.calibrate.ops import MODELS
+from hpcmoe.calibrate import ops
 from hpcmoe.cluster.kernels import Calibration
 from hpcmoe.data.create import create
 from hpcmoe.jobfile import read_job
@@ -38,7 +38,7 @@ def measure_engine(comm, c: Calibration, backend: str, dtype: str) -> EngineTime
                                  "run.device=cpu", "run.transport=ialltoallv", f"weights.backend={backend}", f"weights.dtype={dtype}",
                                  f"layout.ep={comm.size}", *(f"throughput.{name}={n}" for name, n in sizes.items())])
         if comm.rank == 0:
-            create(path, MODELS[0], "fp32", 1)
+            create(path, ops.MODELS[0], "fp32", 1)
             mine = prepare(config, comm.size)
         shared = comm.bcast(mine.public() if mine else None)
         session = Session(comm, shared, mine, lambda step: None, lambda text: None)
@@ -49,5 +49,5 @@ def measure_engine(comm, c: Calibration, backend: str, dtype: str) -> EngineTime
     busy = {kind: [1e6 * (s.end_s - s.start_s) for s in spans if s.kind == kind and not s.wait] for kind in ("RECV", "COUNTS", "DISPATCH", "COMBINE")}
     op, counts, dispatch, combine = comm.bcast([float(np.median(us)) if us else 0.0 for us in busy.values()])
     rows = Rows(np.zeros(0), np.zeros(0), 0.0, SEQUENCES, SEQUENCES, 0, SEQUENCES)
-    ordered_us = 1e6 * Durations(c, MODELS[0], MODELS[0], False, False, False).dispatch(rows).host_s
+    ordered_us = 1e6 * Durations(c, ops.MODELS[0], ops.MODELS[0], False, False, False).dispatch(rows).host_s
     return EngineTimes(op, counts - op, max(0.0, (dispatch - ordered_us + combine) / 2 - op))
