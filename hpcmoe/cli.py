@@ -72,6 +72,7 @@ def _add_run(commands) -> None:
     p.add_argument("--rebalance-every", metavar="K", help="short for --set run.rebalance_every=K: look at the load every K steps")
     p.add_argument("--capacity-factor", metavar="F", help="short for --set run.capacity_factor=F: at most ceil(F x tokens x top_k / experts) "
                    "rows per expert of a leader's micro-batch; CHANGES RESULTS (run.over_capacity: reroute or drop)")
+    p.add_argument("--cluster", metavar="FILE", help="short for --set run.cluster=FILE: the machine's cluster file: the report says what was predicted")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of all ranks")
     p.add_argument("--quiet", action="store_true", help="no progress, no table; errors only")
     p.set_defaults(handler=_run)
@@ -90,7 +91,7 @@ def _run(args) -> int:
              "weights.dtype": args.dtype, "run.device": args.device, "run.gpu_memory_fraction": args.gpu_memory_fraction,
              "layout.replicas": args.replicas, "run.rebalance_every": args.rebalance_every,
              "run.capacity_factor": args.capacity_factor,
-             "output.trace": args.trace}
+             "run.cluster": args.cluster, "output.trace": args.trace}
     sets = args.sets + [f"{key}={value}" for key, value in short.items() if value is not None]
     if args.quiet:
         sets.append("output.quiet=true")

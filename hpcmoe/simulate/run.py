@@ -29,6 +29,7 @@ from hpcmoe.report.record import RankRecord
 from hpcmoe.simulate.alike import alike
 from hpcmoe.simulate.choice import ExchangeTrial, exchange_trial
 from hpcmoe.simulate.clock import Clock
+from hpcmoe.simulate.cores import Cores, Machine
 from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.facts import simulated_facts
 from hpcmoe.simulate.group import Group, Setting
@@ -45,7 +46,8 @@ MODELLED = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")  # trans
 
 class Told(NamedTuple):
     """All that a simulation is told. lengths: prompt and output tokens of each request; share_le: of each layer's rows the share of each
-    expert, load: in words; warnings: what the user should know of it."""
+    expert, load: in words; warnings: what the user should know of it; drawn: the share of tokens that are drawn (sampled with a temperature);
+    node_of_rank: where ranks lie (None: along the nodes)."""
 
     job: JobConfig
     model: ModelConfig
@@ -56,12 +58,23 @@ class Told(NamedTuple):
     share_le: np.ndarray
     load: str
     warnings: list[str]
+    drawn: float = 0.0
+    node_of_rank: tuple[int, ...] | None = None
 
     @property
     def gpu(self) -> bool:
         """Whether ranks are GPUs: as run.device says, or what the calibration is of: more than one unit shares a product."""
         device = self.job.run.device
         return device == "gpu" if device != "auto" else self.calibration.gemm.units > 1
+
+    def nodes(self) -> np.ndarray:
+        """The node of each rank."""
+        return np.arange(self.gpus) // self.cluster.nodes.ranks_per_node if self.node_of_rank is None else np.array(self.node_of_rank)
+
+    def cores(self) -> list[Machine]:
+        """The cores of each node, where its ranks share them; else nothing."""
+        c = self.cluster.cores
+        return [Machine(int(ranks), c.per_node, c.together, c.poll) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
 
 
 class Simulated(NamedTuple):
@@ -183,7 +196,7 @@ def simulate(told: Told) -> Simulated:
     """Clocks the run that the engine would make of this job. Raises UserError where layout or batch do not fit the cluster."""
     model, c, job = told.model, told.cluster, told.job
     layout, why = choose(job.layout, told.gpus, model)
-    node_of_rank = np.arange(told.gpus) // c.nodes.ranks_per_node
+    node_of_rank = told.nodes()
     staged, gpu, item = job.run.transport == "staged", told.gpu, told.calibration.gemm.item_bytes
     network = StagedNetwork(c, node_of_rank, told.calibration) if staged else Network(c, node_of_rank)
     sizes, held = _room(told, layout, item)
@@ -191,14 +204,16 @@ def simulate(told: Told) -> Simulated:
     schedule = build(plan.schedule_name(job.run, gpu), layout.pp, model.layers, cut.micros, cut.lanes, layout.tp > 1)
     check(schedule)
     local = shard_of(model, layout.tp).model if layout.tp > 1 else model
-    durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8")
+    durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8", told.drawn)
     expert_ls = placing.expert_ls(placing.placement_of(job, model, layout), model, layout)
     trial = _trial(told, layout, network, durations)
     hierarchical = trial.hierarchical if trial else job.run.transport == "hierarchical"
     setting = Setting(model, layout, schedule, durations, _slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
-                      hierarchical, expert_ls)
+                      hierarchical, expert_ls, bool(told.cores()))
     groups, indices = _groups(told, setting, network, sizes)
-    Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
+    Clock([crew for group in groups for crew in group.running], network.bandwidth_l, Cores(told.cores())).run()
+    for group in groups:
+        group.join()
     records = [record for group, mine in zip(groups, indices)
                for record in records_of(group, network, held, mine, "GPU" if gpu else "CPU")]
     leaders = len(layout.leader_places(node_of_rank, 0)[0])
@@ -221,7 +236,7 @@ def _room(told: Told, layout: Layout, item: int) -> tuple[Sizes, dict[Role, Held
     job, c = told.job, told.cluster
 
     def wanted(layout_: Layout) -> tuple[Sizes, int]:
-        nodes = np.arange(layout_.size) // c.nodes.ranks_per_node
+        nodes = told.nodes() if layout_.size == told.gpus else np.arange(layout_.size) // c.nodes.ranks_per_node
         leaders = len(layout_.leader_places(nodes, 0)[0])
         most = max(map(len, plan.hand_out(_works(told), leaders * layout_.dp)))
         context = job.run.context or max(map(sum, told.lengths))
@@ -260,7 +275,8 @@ def _groups(told: Told, setting: Setting, network: Network, sizes: Sizes) -> tup
     index_dj = [[[w.index for w in next(dealt)] for _ in leaders_p[0]] for leaders_p in leaders_dp]
     work_dp = [tuple(tuple(told.lengths[i] for i in index) for index in index_j) for index_j in index_dj]
     feeds, groups, indices = {}, [], []
-    for number, members in enumerate(alike(layout, network, work_dp)):
+    apart = [[dp] for dp in range(layout.dp)]  # replicas that share cores are not clocked as one
+    for number, members in enumerate(apart if setting.sharing else alike(layout, network, work_dp)):
         key_j = work_dp[members[0]]
         for key in key_j:
             if key not in feeds:
