@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import Callable, Hashable, NamedTuple
+from typing import Callable, Hashable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -65,10 +65,12 @@ class Crew:
     """The ranks of one role. group: of replicas that are alike; program: the role's steps; doing(round, op): what an op is.
 
     busy_s, wait_s, post_s, device_s: by kind, arrays over the ranks. begun: when (round, op) began, for the ops in `watched`.
+    weight_r: for how many rounds like it each round stands, where others are left out (None: for itself). All times but `now` and those of
+    stretches are then as if none were: left_out_s of them have not passed.
     """
 
     def __init__(self, group: int, role: Role, ranks: int, program: tuple[Step, ...], rounds: int, doing: Callable[[int, Op], Doing],
-                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset()):
+                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset(), weight_r: Sequence[float] | None = None):
         self.group, self.role, self.program, self.rounds, self.doing = group, role, program, rounds, doing
         self.sync_s, self.trace, self.watched = sync_s, trace, watched
         self.now, self.device = np.zeros(ranks), np.zeros(ranks)
@@ -78,8 +80,17 @@ class Crew:
         self.busy_s, self.wait_s, self.post_s, self.device_s = ({} for _ in range(4))
         self.stretches: list[Stretch] = []
         self.begun: dict[tuple[int, Op], np.ndarray] = {}
+        self.weight_r, self.round_s, self.left_out_s = weight_r, 0.0, 0.0
+
+    def next_round(self) -> None:
+        if self.weight_r is not None:
+            self.left_out_s = self.left_out_s + (self.weight_r[self.round] - 1) * (self.now - self.round_s)
+            self.round_s = self.now
+        self.round, self.at = self.round + 1, 0
 
     def _add(self, table: dict, kind: str, seconds) -> None:
+        if self.weight_r is not None and self.round < self.rounds:
+            seconds = seconds * self.weight_r[self.round]
         table[kind] = table.get(kind, 0.0) + seconds
 
     def _note(self, op: Op, start, end, wait: bool, device: bool = False) -> None:
@@ -124,7 +135,7 @@ class Clock:
             self._do(crew, step.op)
             crew.need, crew.at = 0, crew.at + 1
             if crew.at == len(crew.program):
-                crew.round, crew.at = crew.round + 1, 0
+                crew.next_round()
         while crew.pending:
             if not self._await(crew, next(iter(crew.pending))):
                 return
@@ -150,7 +161,7 @@ class Clock:
         doing = crew.doing(crew.round, op)
         start = crew.now
         if op in crew.watched:
-            crew.begun[crew.round, op] = start
+            crew.begun[crew.round, op] = start + crew.left_out_s
         end = start + (doing.host_s + doing.post_s)
         crew._note(op, start, end, False)
         if doing.post_s:
