@@ -185,7 +185,7 @@ def simulate(told: Told) -> Simulated:
     local = shard_of(model, layout.tp).model if layout.tp > 1 else model
     durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8")
     expert_ls = placing.expert_ls(placing.placement_of(job, model, layout), model, layout)
-    setting = Setting(model, layout, schedule, durations, _slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
+    setting = Setting(model, layout, schedule, durations, slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
                       job.run.transport == "hierarchical", expert_ls)
     groups, indices = _groups(told, setting, network, sizes)
     Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
@@ -224,7 +224,7 @@ def _works(told: Told) -> list[Work]:
     return [Work(i, np.zeros(prompt, np.int8), outputs, 0.0, 0, 1.0, 0, (), False) for i, (prompt, outputs) in enumerate(told.lengths)]
 
 
-def _slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
+def slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
     """Of each layer's rows the share of each slot [l, s]: an expert's rows go to its copies alike."""
     copies_le = np.stack([np.bincount(expert_s, minlength=told.model.router.experts) for expert_s in expert_ls])
     return np.take_along_axis(told.share_le / np.maximum(copies_le, 1), expert_ls, axis=1)
