@@ -20,7 +20,7 @@ NONE = Rows(np.zeros(0, int), np.zeros(0, int), 0.0, 0, 0, 0, 0)
 
 class Short(NamedTuple):
     """The rounds of one micro-batch on one leader that are kept. rows_r: their rows, the last ones empty; weight_r: for how many rounds each
-    stands; point_r: (a kept round, for how many) one for each run, for bounds; first_q, end_q: of each request, before which round of the
+    stands; point_r: (a kept round, for how many), fewer of them, for bounds; first_q, end_q: of each request, before which round of the
     whole its first token, and its last, is known."""
 
     rows_r: list[Rows]
@@ -45,14 +45,16 @@ def rounds_of(requests: int, rows: int, chunk: int, prompt: int, outputs: int, w
                 weight.append(1.0)
             kept.append(run.at(best))
             weight.append(float(max(1, high - low - 1)))
-        middle = min(range(start, len(kept)), key=lambda i: (abs(work(kept[i]) - run.mean_work(kept[start:], weight[start:])), i))
-        points.append((middle, float(run.count)))
+        points += run.points(start, kept[start:], weight[start:])
     return Short(kept + [NONE] * empty, weight + [1.0] * empty, points, first_q, end_q)
 
 
-def work(rows: Rows) -> float:
-    """What attention has to do: scores of a head."""
-    return rows.keys + float((rows.count_q * (rows.start_q + rows.count_q / 2)).sum())
+def _far(some: list[Rows], all_: list[Rows]) -> np.ndarray:
+    """How far rounds are from the mean of all: in the scores that attention has to make, and in the tokens that are sampled."""
+    some, all_ = (np.array([(rows.keys + float((rows.count_q * (rows.start_q + rows.count_q / 2)).sum()), rows.wanted) for rows in x], dtype=float)
+                  for x in (some, all_))
+    mean = all_.mean(axis=0)
+    return (abs(some - mean) / np.maximum(mean, 1e-9)).sum(axis=1)
 
 
 def _neighbourhoods(run, whole: bool) -> list[tuple[int, int]]:
@@ -77,12 +79,11 @@ class _Mixed:
         return self.made[i]
 
     def nearest(self, low: int, high: int) -> int:
-        """The round whose attention has to do most nearly what those from low on, before high, have on average."""
-        works = np.array([work(rows) for rows in self.made[low:high]])
-        return low + int(np.argmin(abs(works - works.mean())))
+        """The round that is most nearly what those from low on, before high, are on average."""
+        return low + int(np.argmin(_far(self.made[low:high], self.made[low:high])))
 
-    def mean_work(self, kept, weights) -> float:
-        return float(np.mean([work(rows) for rows in self.made]))
+    def points(self, start: int, kept: list[Rows], weights: list[float]) -> list[tuple[int, float]]:
+        return [(start + int(np.argmin(_far(kept, self.made))), float(self.count))]
 
 
 class _Decode:
@@ -110,8 +111,11 @@ class _Decode:
     def nearest(self, low: int, high: int) -> int:
         return (low + high) // 2
 
-    def mean_work(self, kept, weights) -> float:
-        return float(np.average([work(rows) for rows in kept], weights=weights))
+    def points(self, start: int, kept: list[Rows], weights: list[float]) -> list[tuple[int, float]]:
+        """One where all requests go on; else all that are kept."""
+        if self.parts == UNEVEN:
+            return [(start + i, weight) for i, weight in enumerate(weights)]
+        return [(start + (len(kept) - 1) // 2, float(self.count))]
 
 
 def _runs(requests: int, rows: int, chunk: int, prompt: int, outputs: int, window: int) -> tuple[list, np.ndarray, np.ndarray]:
