@@ -57,7 +57,7 @@ def bounds(stand: Stand, frames: Frames, shape: Shape, cuts: list[tuple[int, int
     for c in made:
         ends = np.concatenate([[0.0], np.cumsum(count_i * _round_s(table_ipx, c) * (1 - MARGIN))])
         tpot_s = float(np.mean(np.interp(short.end_q, at, ends) - np.interp(short.first_q, at, ends)))
-        found.append(Bound(c, c.sequences * outputs / float(ends[-1]) / stand.told.gpus, 1e3 * tpot_s / (outputs - 1) if outputs > 1 else float("nan")))
+        found.append(Bound(c, c.sequences * outputs / float(ends[-1]) / stand.told.gpus, 1e3 * tpot_s / max(1, outputs - 1)))
     return found
 
 

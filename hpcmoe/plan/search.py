@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from typing import Callable, NamedTuple
 
@@ -81,7 +82,11 @@ WORKER: Worker | None = None
 
 
 def _start(told: Told, fixed: set[str]) -> None:
+    """In a process of its own: signals are the first one's business, which ends the others."""
     global WORKER
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     WORKER = Worker(told, fixed)
 
 
@@ -114,18 +119,21 @@ def search(told: Told, fixed: set[str], tpot_ms: float | None, say: Callable[[st
 class _Here:
     """A pool of this process alone."""
 
+    def __init__(self, told: Told, fixed: set[str]):
+        global WORKER
+        WORKER = Worker(told, fixed)
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         pass
 
-    imap = map
+    imap = staticmethod(map)
 
 
 def _pool(processes: int, told: Told, fixed: set[str]):
-    _start(told, fixed)
-    return multiprocessing.get_context("fork").Pool(processes, _start, (told, fixed)) if processes > 1 else _Here()
+    return multiprocessing.get_context("fork").Pool(processes, _start, (told, fixed)) if processes > 1 else _Here(told, fixed)
 
 
 def order(outcome: Outcome | Bound) -> tuple:
@@ -137,7 +145,7 @@ def front(outcomes: list) -> list:
     """Of outcomes, or bounds: those that none beats, fastest first."""
     found, least = [], np.inf
     for outcome in sorted(outcomes, key=order):
-        if outcome.tpot_ms < least or not found:  # without a second token there is no TPOT
+        if outcome.tpot_ms < least:
             found.append(outcome)
             least = outcome.tpot_ms
     return found
@@ -147,10 +155,9 @@ def _front(left: list[Bound], pool, say) -> list[Outcome]:
     """Outcomes of all that could be on the front."""
     outcomes: list[Outcome] = []
     while left := _open(left, outcomes):
-        chosen = (front(left) + sorted(left, key=order))[:AT_ONCE]
-        chosen = list(dict.fromkeys(chosen))
-        outcomes += pool.imap(_tried, [bound.candidate for bound in chosen])
-        left = [bound for bound in left if bound not in set(chosen)]
+        chosen = {bound.candidate: None for bound in (front(left) + sorted(left, key=order))[:AT_ONCE]}
+        outcomes += pool.imap(_tried, list(chosen))
+        left = [bound for bound in left if bound.candidate not in chosen]
         say("candidates clocked", len(outcomes), len(outcomes) + len(_open(left, outcomes)))
     return outcomes
 
@@ -161,8 +168,6 @@ def _open(left: list[Bound], outcomes: list[Outcome]) -> list[Bound]:
         return left
     best = front(outcomes)
     tpot, tokens = np.array([o.tpot_ms for o in best[::-1]]), np.array([o.tokens_per_s_per_gpu for o in best[::-1]])
-    if np.isnan(tpot).any():  # one number each: the fastest is all of the front
-        return [bound for bound in left if bound.tokens_per_s_per_gpu > tokens.max()]
     at = np.searchsorted(tpot, [bound.tpot_ms for bound in left], side="right")  # outcomes with no more TPOT, the last is the fastest
     reached = np.concatenate([[-np.inf], tokens])[at]
     return [bound for bound, most in zip(left, reached) if bound.tokens_per_s_per_gpu > most]

@@ -53,15 +53,15 @@ def when(short: Short, begin_r: np.ndarray, round_q: np.ndarray) -> np.ndarray:
 
 
 def _latency(stand: Stand, groups, short: Short, c: Candidate) -> tuple[float, float]:
-    """(mean TTFT, mean TPOT) in ms; TPOT is nan for outputs of one token."""
-    first_s, tpot_s, count, more = 0.0, 0.0, 0, stand.told.lengths[0][1] - 1
+    """(mean TTFT, mean TPOT) in ms; TPOT is 0 for outputs of one token, which have none."""
+    first_s, tpot_s, count, more = 0.0, 0.0, 0, max(1, stand.told.lengths[0][1] - 1)
     for group, members in groups:
         crew = next(crew for role, crew in group.crews.items() if role.stage == 0 and role.leader)
         for m in range(c.micros):
             begin_r = np.array([np.mean(crew.begun[r, group.first_op(m)]) for r in range(len(short.rows_r))])
             first_q, end_q = when(short, begin_r, short.first_q), when(short, begin_r, short.end_q)
             first_s += len(members) * float(first_q.mean())
-            tpot_s += len(members) * (float((end_q - first_q).mean()) / more if more else float("nan"))
+            tpot_s += len(members) * float((end_q - first_q).mean()) / more
             count += len(members)
     return 1e3 * first_s / count, 1e3 * tpot_s / count
 
