@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcmoe.plan.candidates import Candidate, Shape
-from hpcmoe.plan.frame import Frame, Frames, Line
+from hpcmoe.plan.frame import Frame, Frames, Way
+from hpcmoe.plan.rounds import Short
 from hpcmoe.plan.stand import Stand
 from hpcmoe.simulate.durations import Took
-from hpcmoe.simulate.loads import whole_rows
 from hpcmoe.simulate.workload import Rows
 
 MARGIN = 0.01  # of a bound: rounds and lines stand for others nearly
@@ -54,21 +54,31 @@ def bounds(stand: Stand, frames: Frames, shape: Shape, cuts: list[tuple[int, int
     table_ipx = np.array([_stages(stand, frames, shape, short.rows_r[r]) for r, _ in short.point_r])
     count_i = np.array([count for _, count in short.point_r])
     at = np.concatenate([[0.0], np.cumsum(count_i)])
+    whole_i = table_ipx[:, :, 0].sum(axis=1)  # one micro-batch takes no less from token to token
     for c in made:
-        ends = np.concatenate([[0.0], np.cumsum(count_i * _round_s(table_ipx, c) * (1 - MARGIN))])
-        tpot_s = float(np.mean(np.interp(short.end_q, at, ends) - np.interp(short.first_q, at, ends)))
-        found.append(Bound(c, c.sequences * outputs / float(ends[-1]) / stand.told.gpus, 1e3 * tpot_s / max(1, outputs - 1)))
+        round_i = np.maximum(_round_s(table_ipx, c), whole_i)
+        last_q = round_i[np.searchsorted(at, short.end_q) - 1] * (c.micros - 1) / (2 * c.micros)  # the others' last steps may be behind it
+        rounds_s, alone_s = (_between(short, at, count_i * x_i) for x_i in (round_i, whole_i))
+        tpot_s = (1 - MARGIN) * max(float(np.mean(rounds_s - last_q)), float(np.mean(alone_s))) / max(1, outputs - 1)
+        run_s = (1 - MARGIN) * float((count_i * round_i).sum())
+        found.append(Bound(c, c.sequences * outputs / run_s / stand.told.gpus, 1e3 * tpot_s if outputs > 1 else 0.0))
     return found
 
 
+def _between(short: Short, at: np.ndarray, seconds_i: np.ndarray) -> np.ndarray:
+    """Of each request, what passes from its first token to its last [q]. at: the rounds at which runs that take seconds_i begin and end."""
+    ends = np.concatenate([[0.0], np.cumsum(seconds_i)])
+    return np.interp(short.end_q, at, ends) - np.interp(short.first_q, at, ends)
+
+
 def _round_s(table_ipx: np.ndarray, c: Candidate) -> np.ndarray:
-    """No round of all micro-batches takes less [i]. table_ipx: Alone of each round and stage."""
-    whole_ip, body_ip, inside_ip, *totals = np.moveaxis(table_ipx, 2, 0)
+    """No stage is done with a round of all micro-batches in less [i]. table_ipx: Alone of each round and stage."""
+    _, body_ip, inside_ip, *totals = np.moveaxis(table_ipx, 2, 0)
     device_ip, host_ip, link_ip = totals
     full, rest = divmod(c.micros, c.lanes)
     most_ip = np.maximum(inside_ip, np.maximum(host_ip, link_ip))
     stage_ip = full * np.maximum(body_ip, c.lanes * most_ip) + (np.maximum(body_ip, rest * most_ip) if rest else 0.0)
-    return np.maximum(np.max([stage_ip, *(c.micros * total_ip for total_ip in totals)], axis=(0, 2)), whole_ip.sum(axis=1))
+    return np.max([stage_ip, *(c.micros * total_ip for total_ip in totals)], axis=(0, 2))
 
 
 # ---------------------------------------------------------------- one micro-batch
@@ -90,12 +100,14 @@ def _parts(stand: Stand, frames: Frames, shape: Shape, rows: Rows) -> dict[str, 
     durations, layout = stand.durations(shape.layout.tp), shape.layout
     parts = {name: getattr(durations, name)(rows) for name in ("begin", "attend", "gate", "dispatch", "merge")}
     parts |= {name: getattr(durations, name)(rows, layout.tp) for name in ("sample", "sums")}
-    rows_s = whole_rows(rows.count * shape.leaders * stand.told.model.router.top_k, frames.share_s).tolist()
-    slots_r, leading = frames.group.slots_r, set(frames.group.leaders_p[0])
-    took_r = {r: tuple(rows_s[slots_r[r]:slots_r[r + 1]]) for r in range(layout.ep)}
-    took = {rows_e: durations.expert(rows_e) for rows_e in set(took_r.values())}
-    parts["expert"] = max((took[rows_e] for rows_e in took_r.values()), key=lambda t: t.device_s + t.host_s)
-    parts["own expert"] = max((took[rows_e] for r, rows_e in took_r.items() if r in leading), key=lambda t: t.device_s + t.host_s)
+    slots_r, leading, longest = frames.group.slots_r, set(frames.group.leaders_p[0]), []
+    for rows_s in frames.rows_s(rows.count * shape.leaders, stand.told.model.router.top_k):
+        rows_r = [tuple(rows_s[low:high].tolist()) for low, high in zip(slots_r, slots_r[1:])]
+        took = {rows_e: durations.expert(rows_e) for rows_e in set(rows_r)}
+        longest.append([max((took[rows_e] for r, rows_e in enumerate(rows_r) if r in own), key=lambda t: t.device_s + t.host_s)
+                        for own in (range(layout.ep), leading)])
+    for name, took_l in zip(("expert", "own expert"), zip(*longest)):
+        parts[name] = Took(*(sum(seconds) / len(took_l) for seconds in zip(*took_l)))
     return parts
 
 
@@ -114,10 +126,11 @@ class _Walk:
             self.device = self.made = max(self.device, self.now) + device_s
             self.worked += device_s
 
-    def sends(self, line: Line | None, rows: float, *took: Took) -> None:
+    def sends(self, way: Way | None, rows: int, *took: Took) -> None:
         """An op whose exchange, or device work alone, is awaited."""
-        self.does(*took, post_s=line.post_s if line else 0.0)
-        self.over = max(self.now, self.made + self.sync_s) + (line.wire_s(rows) if line else 0.0)
+        cost = way.at(rows) if way and rows else None
+        self.does(*took, post_s=cost.post_s if cost else 0.0)
+        self.over = max(self.now, self.made + self.sync_s) + (cost.wire_s if cost else 0.0)
 
     def awaits(self) -> None:
         self.now = max(self.now, self.over)
@@ -132,10 +145,10 @@ def _stage(stand: Stand, frame: Frame, shape: Shape, rows: Rows, parts: dict, la
     if tp and first:
         walk.sends(frame.sums, n, parts["begin"], parts["sums"])
         walk.awaits()
-        load_l, begin = load_l + frame.sums.bytes_l(n), []
-    layer_l = sum((line.bytes_l(n) for line in (frame.counts, frame.dispatch, frame.combine) if line), 0 * load_l)
+        load_l, begin = load_l + frame.sums.at(n).load_l, []
+    layer_l = sum((way.at(n).load_l for way in (frame.counts, frame.dispatch, frame.combine) if way), 0 * load_l)
     if tp:
-        layer_l = layer_l + 2 * frame.sums.bytes_l(n)
+        layer_l = layer_l + 2 * frame.sums.at(n).load_l
     states = []
     for layer in range(min(layers, 2)):
         states.append((walk.now, walk.worked, walk.hosted))
@@ -147,14 +160,14 @@ def _stage(stand: Stand, frame: Frame, shape: Shape, rows: Rows, parts: dict, la
     load_l = load_l + layers * layer_l
     if last:
         walk.sends(None, 0, parts["sample"])
-        for line, count in ((frame.gather, rows.wanted), (frame.token, rows.wanted)):
-            if line:
-                walk.now, walk.hosted = walk.now + line.post_s, walk.hosted + line.post_s
-                walk.over = max(walk.over, walk.now) + line.wire_s(count)
-                load_l = load_l + line.bytes_l(count)
+        for way in (frame.gather, frame.token):
+            if way and rows.wanted:
+                cost = way.at(rows.wanted)
+                walk.now, walk.hosted = walk.now + cost.post_s, walk.hosted + cost.post_s
+                walk.over, load_l = max(walk.over, walk.now) + cost.wire_s, load_l + cost.load_l
     else:
         walk.sends(frame.send, n)
-        load_l = load_l + frame.send.bytes_l(n)
+        load_l = load_l + frame.send.at(n).load_l
     rate_l = stand.network.bandwidth_l
     link = float((load_l / rate_l).max()) if len(rate_l) else 0.0
     return Alone(walk.over + more * now_s, body, inside, walk.worked + more * worked_s, walk.hosted + more * hosted_s, link)
