@@ -1,7 +1,6 @@
 """`hpcmoe plan`: short cuts against the simulator in full, pruning against trying everything, what it writes, bad input."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def test_a_trial_is_the_simulation_and_its_short_cut_is_near(cluster, number, gp
     took = {name: whole.terms_us[TERMS.index(name)] * 1e-6 * c.sequences * 24 / 8 for name in TERMS}
     key = "gpu_s" if gpu else "busy_s"
     assert took["attention"] == pytest.approx(phases["attention"][key])
-    assert took["experts: reading weights"] + took["experts: arithmetic"] == pytest.approx(phases["expert"][key])
+    assert took["experts: reading weights"] + took["experts: the rest"] == pytest.approx(phases["expert"][key])
     assert not gpu or took["sampling"] == pytest.approx(phases["sample"]["gpu_s"])
 
 
@@ -164,3 +163,92 @@ def test_pruning_loses_nothing(cluster, gpu, load, limited):
     assert front(found.outcomes) == free
     assert within(found.outcomes, tpot_ms)[0] == within(all_, tpot_ms)[0]
     assert runner_up(found.outcomes, tpot_ms) == runner_up(all_, tpot_ms)
+
+
+# ---------------------------------------------------------------- from the command line
+def command(*words):
+    from hpcmoe.cli import main
+    return main(["plan", *map(str, words)])
+
+
+SMALL = ["--gpus", 8, "--prompt-tokens", 4, "--output-tokens", 3, "--sequences", 16, "--processes", 1]
+FEWER = ["--set", "layout.leaders=all", "--set", "layout.tp=1"]  # quick enough for a test
+
+
+def test_a_small_cluster_in_full(cluster, tmp_path, capsys, monkeypatch):
+    """The text to the letter; all files; the same bits again."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    model_file(tmp_path)
+    words = ["model.toml", "--cluster", cluster.name, *SMALL, *FEWER, "--tpot-ms", "6", "--calibration", ROOT / "inputs/calibrations/demo_core.toml"]
+    made = []
+    for name in "ab":
+        assert command(*words, "--out", f"{name}/plan.json", "--script", f"{name}/plan.sbatch", "--plot", f"{name}/plan.svg") == 0
+        text = capsys.readouterr().out.replace(f"{name}/plan", "plan")
+        made.append([text] + [(tmp_path / name / f"plan{end}").read_text().replace(f"{name}/plan", "plan") for end in (".json", ".sbatch", ".toml", ".svg")])
+    assert made[0] == made[1]
+    assert made[0][0] == (ROOT / "tests" / "golden" / "plan.txt").read_text()
+    told_json, script, job = json.loads(made[0][1]), made[0][2], made[0][3]
+    assert len(told_json["candidates"]) == told_json["bounded_away"] + told_json["simulated"]
+    figures = [dict(zip(told_json["columns"], row)) for row in told_json["candidates"]]
+    tried = [x for x in figures if x["tpot_ms"]]
+    assert len(tried) == told_json["simulated"]
+    assert told_json["best"]["tokens_per_s_per_gpu"] == max(x["tokens_per_s_per_gpu"] for x in tried if x["tpot_ms"] <= 6)
+    best = told_json["best"]
+    assert f'LAYOUT="dp={best["dp"]} pp={best["pp"]} ep={best["ep"]} tp={best["tp"]}"' in script and "--nodes=2" in script
+    assert f'ep = {best["ep"]}' in job and 'file = "model.h5"' in job
+
+
+BIG = ('family = "mixtral"\nvocab = 128\nd = 1024\nlayers = 16\ncontext = 64\n[attention]\nheads = 2\nkv_heads = 2\nhead_dim = 32\n[router]\nexperts = 4\n'
+       'top_k = 2\n[expert]\nf = {}\n')
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["--gpus", "9"], "--gpus = 9: expected 1 to 8"),
+    (["--gpus", "0"], "--gpus = 0: expected 1 to 8"),
+    (["--tpot-ms", "0.01"], "--tpot-ms = 0.01: expected at least "),
+    (["--tpot-ms", "-1"], "--tpot-ms = -1.0: expected a number of ms > 0"),
+    (["--tpot-ms", "5", "--output-tokens", "1"], "--tpot-ms = 5.0: expected --output-tokens >= 2"),
+    (["--plot", "x.svg", "--output-tokens", "1"], "--plot = 'x.svg': expected --output-tokens >= 2"),
+    (["--load", "zipf"], "--load = 'zipf': expected uniform, power-law"),
+    (["--set", "layout.ep=3"], "no candidate"),
+    (["--set", "layout.placement=p.json"], "--set = 'layout.placement': expected another key"),
+    (["--set", "run.max_sequences=7"], "no candidate"),
+    (["--set", "run.transport=staged"], "run.transport = 'staged': expected one of auto"),
+    (["--sequences", "0"], "throughput.sequences = 0: expected a number >= 1"),
+    (["--prompt-tokens", "64"], "= 67: expected at most 64, the model's context"),
+    (["--processes", "0"], "--processes = 0: expected a number >= 1"),
+    (["--out", "/dev/null/x/plan.json"], "/dev/null/x"),
+])
+def test_bad_input_is_one_clear_error(cluster, tmp_path, capsys, words, expected):
+    assert command(model_file(tmp_path), "--cluster", cluster, *SMALL, *FEWER, *words) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if "of_simulation" not in line]
+    assert len(err) == 1 and expected in err[0], err
+
+
+def test_a_model_that_does_not_fit_says_what_would(cluster, tmp_path, capsys):
+    """Experts of 64 MiB, 64 of them: 4 GiB on two ranks of one, which four can hold; and of 512 MiB, which nothing can."""
+    for f, expected in ((5461, "on 8 ranks this would fit: dp="), (43690, "no layout of up to 8 ranks, those of the cluster, was found to fit")):
+        model = model_file(tmp_path, BIG.format(f))
+        assert command(model, "--cluster", cluster, *SMALL, "--gpus", "4") == 2
+        err, = capsys.readouterr().err.splitlines()
+        assert "no layout fits: the one that lacks least, dp=" in err and "more than the 1.0 GiB that a rank can use" in err and expected in err, err
+
+
+@pytest.mark.mpi
+def test_its_script_runs_its_job(tmp_path):
+    """On this machine's cores, without Slurm: the script itself, mpiexec for srun, starts the ranks of the layout with the job beside it."""
+    from mpi import environment
+    from tiny import tiny_model
+    tiny_model(tmp_path / "model.h5")
+    (tmp_path / "cluster.toml").write_text(CLUSTER)
+    assert command(tmp_path / "model.h5", "--cluster", tmp_path / "cluster.toml", "--gpus", 4, "--prompt-tokens", 4, "--output-tokens", 3,
+                   "--sequences", 16, "--set", "layout.dp=1", "--set", "layout.pp=2", "--set", "layout.tp=1", "--set", "layout.leaders=all",
+                   "--processes", 1, "--script", tmp_path / "plan.sbatch", "--out", tmp_path / "plan.json") == 0
+    env = environment({"HPCMOE_VENV": sys.prefix, "LAUNCH": "mpirun", "OUT": str(tmp_path / "out")})
+    done = subprocess.run(["bash", str(tmp_path / "plan.sbatch")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report, best = json.loads((tmp_path / "out" / "report.json").read_text()), json.loads((tmp_path / "plan.json").read_text())["best"]
+    assert report["run"]["layout"] == {name: best[name] for name in ("dp", "pp", "ep", "tp")} == {"dp": 1, "pp": 2, "ep": 2, "tp": 1}
+    assert report["run"]["schedule"]["micro_batches"] == best["micro_batches"] and report["run"]["schedule"]["lanes"] == best["lanes"]
+    assert report["run"]["sequences_at_once"] == best["sequences_at_once"] == report["num_requests"]

@@ -18,6 +18,8 @@ ALLOWED = {  # room -> rooms (or base modules) it may import
     "simulate": BASE | {"model", "data", "cluster", "report", "simulate", "jobfile", "placing", "kernels.e4m3", "compute.base", "compute.step",
                         "compute.room", "compute.footprint", "compute.holdings"} | {f"parallel.{name}" for name in (
                             "batch", "check", "layout", "nodes", "ops", "plan", "replay", "schedule")},  # the schedule, not the engine
+    "plan": BASE | {"model", "cluster", "report", "simulate", "plan", "placing", "compute.base", "compute.room", "parallel.layout", "parallel.plan",
+                    "parallel.schedule"},
     "report": {"errors", "files", "report"},
 }
 DOORS = {"cupy": {"device.py"}, "matplotlib": {"report/plots.py"}, "torch": {"bench/peers.py"}, "transformers": {"bench/peers.py"}}

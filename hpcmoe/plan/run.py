@@ -72,8 +72,9 @@ def read(args) -> tuple[Told, set[str]]:
     if args.sequences is None:
         args.sequences = PER_GPU * max(1, args.gpus)
     told = simulate_run.read(args)
-    if args.tpot_ms is not None and told.lengths[0][1] == 1:
-        raise at("command line", "--tpot-ms", args.tpot_ms, "--output-tokens >= 2: one token has no TPOT")
+    for name, value in (("--tpot-ms", args.tpot_ms), ("--plot", args.plot)):
+        if value is not None and told.lengths[0][1] == 1:
+            raise at("command line", name, value, "--output-tokens >= 2: one token has no TPOT")
     return told, (keys & set(SEARCHED)) - _open_keys(told)
 
 
@@ -94,7 +95,7 @@ def plan(told: Told, fixed: set[str], tpot_ms: float | None, say, processes: int
     if not kept:
         least = min(found.outcomes, key=lambda o: (o.tpot_ms, *order(o)))
         raise at("command line", "--tpot-ms", tpot_ms, f"at least {least.tpot_ms:.4g}, the least TPOT of all: {table.words(least.candidate)}, "
-                 f"with {least.tokens_per_s_per_gpu:.4g} tokens/s per GPU")
+                 f"with {least.tokens_per_s_per_gpu:.4g} tokens/s per rank")
     return Answer(told, found, front(found.outcomes), kept[0], runner_up(found.outcomes, tpot_ms), tpot_ms)
 
 

@@ -11,7 +11,7 @@ from hpcmoe.report.table import number, percent, size
 
 FORMAT, VERSION = "hpcmoe-plan", 1
 NEAR = 0.02   # of the front: points that differ less from the last one shown, in both, are left out of the table
-HEADS = ("tokens/s/GPU", "TPOT ms", "TTFT ms", "at once", "dp", "pp", "ep", "tp", "leaders", "copies", "micro", "lanes", "step rows", "transport", "GiB")
+HEADS = ("tokens/s/rank", "TPOT ms", "TTFT ms", "at once", "dp", "pp", "ep", "tp", "leaders", "copies", "micro", "lanes", "step rows", "transport", "GiB")
 
 
 def words(c: Candidate) -> str:
@@ -63,7 +63,7 @@ def _front(answer) -> list[str]:
     rows = [HEADS] + [_cells(o, room) + ("<- best" if o is answer.best else "",) for o in shown]
     wide = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
     left = len(answer.front) - len(shown)
-    head = "Output tokens/s per GPU against TPOT: no other candidate has more at no more TPOT"
+    head = "Output tokens/s per rank against TPOT: no other candidate has more at no more TPOT"
     return [head + (f"; {left} more differ by less than {100 * NEAR:.0f} %" if left else "")] + \
         [("  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, wide)) + "  " + "".join(row[len(HEADS):])).rstrip() for row in rows]
 
@@ -87,17 +87,17 @@ def _best(answer) -> list[str]:
     best, second, gpus = answer.best, answer.second, answer.told.gpus
     limit = f" within a TPOT of {answer.tpot_ms:g} ms" if answer.tpot_ms is not None else ""
     lines = [f"Best{limit}: {words(best.candidate)}",
-             f"  {number(best.tokens_per_s_per_gpu * gpus)} output tokens/s, {number(1e6 / best.tokens_per_s_per_gpu)} GPU-seconds per million; "
+             f"  {number(best.tokens_per_s_per_gpu * gpus)} output tokens/s, {number(1e6 / best.tokens_per_s_per_gpu)} rank-seconds per million; "
              f"TPOT {_ms(best.tpot_ms)} ms, TTFT {_ms(best.ttft_ms)} ms"]
     if second is None:
         return lines + [f"  no other layout{limit}"]
     lines += [f"Runner-up, of the other layouts{limit}: {words(second.candidate)}", "",
-              f"{'Where a GPU is, us per output token':<38}{'best':>12}{'runner-up':>12}{'difference':>12}"]
+              f"{'Where a rank is, us per output token':<38}{'best':>14}{'runner-up':>14}{'difference':>14}"]
     both = list(zip(TERMS, best.terms_us, second.terms_us))
-    both.append(("together: 1e6 / tokens/s per GPU", 1e6 / best.tokens_per_s_per_gpu, 1e6 / second.tokens_per_s_per_gpu))
+    both.append(("together: 1e6 / tokens/s per rank", 1e6 / best.tokens_per_s_per_gpu, 1e6 / second.tokens_per_s_per_gpu))
     both = [(name, *(0.0 if abs(x) < 1e-9 * both[-1][1] else x for x in (a, b, b - a))) for name, a, b in both]
-    lines += [f"  {name:<36}{number(a):>12}{number(b):>12}{'+' * (more > 0) + number(more):>12}" for name, a, b, more in both if a or b]
-    lines += [f"  {name:<36}{a:>12}{b:>12}" for name, a, b in (
+    lines += [f"  {name:<36}{number(a):>14}{number(b):>14}{'+' * (more > 0) + number(more):>14}" for name, a, b, more in both if a or b]
+    lines += [f"  {name:<36}{a:>14}{b:>14}" for name, a, b in (
         ("TPOT, ms", _ms(best.tpot_ms), _ms(second.tpot_ms)),
         ("busiest link", f"{percent(best.link_share)}", f"{percent(second.link_share)}"),
         ("that is a", best.link, second.link),

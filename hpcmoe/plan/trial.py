@@ -13,7 +13,7 @@ from hpcmoe.plan.stand import Stand
 from hpcmoe.simulate.clock import Clock
 from hpcmoe.simulate.group import Group
 
-TERMS = ("attention", "gate and merge", "experts: reading weights", "experts: arithmetic", "sums of shards", "sampling", "posting messages",
+TERMS = ("attention", "gate and merge", "experts: reading weights", "experts: the rest", "sums of shards", "sampling", "posting messages",
          "waiting: exchanges, other ranks", "waiting: pipeline bubble")
 PARTS = {"attention": ("ATTEND",), "gate and merge": ("GATE", "MERGE", "COUNTS", "DISPATCH", "COMBINE", "RECV", "SEND"), "sampling": ("SAMPLE",),
          "sums of shards": ("EMBED", "REDUCE_ATTEND", "REDUCE_MERGE")}
@@ -75,7 +75,7 @@ def _terms(stand: Stand, groups, short: Short, c: Candidate, run_s: float) -> li
             own = {name: _sum(took, kinds, crew) for name, kinds in PARTS.items()}
             expert = _sum(took, ("EXPERT",), crew)
             own["experts: reading weights"] = np.minimum(expert, _reading_s(stand, group, role, short, c))
-            own["experts: arithmetic"] = expert - own["experts: reading weights"]
+            own["experts: the rest"] = expert - own["experts: reading weights"]
             if not gpu:
                 own["posting messages"] = _sum(crew.post_s, list(crew.post_s), crew)
             own["waiting: pipeline bubble"] = _sum(crew.wait_s, ("RECV",), crew) + run_s - (crew.now + crew.left_out_s)

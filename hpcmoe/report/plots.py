@@ -87,7 +87,7 @@ def check() -> None:
 
 def plot_front(points: list[tuple[float, float]], front: list[tuple[float, float]], marks: list[tuple[str, float, float]], limit_ms: float | None,
                path: str | Path) -> Path:
-    """Candidates of a plan as (TPOT in ms, tokens/s per GPU): all points, the front as a line, some with a name (name, ms, tokens/s), and the
+    """Candidates of a plan as (TPOT in ms, tokens/s per rank): all points, the front as a line, some with a name (name, ms, tokens/s), and the
     limit of TPOT. Both axes are logarithmic. Errors as plot_trace."""
     figure, axes = _figure(7, 4.5)
     axes.loglog(*zip(*points), ".", color=WAIT, label="simulated")
@@ -97,7 +97,7 @@ def plot_front(points: list[tuple[float, float]], front: list[tuple[float, float
     if limit_ms is not None:
         axes.axvline(limit_ms, color="black", linewidth=0.8, linestyle="--", label="limit of TPOT")
     axes.set_xlabel("TPOT, ms")
-    axes.set_ylabel("output tokens/s per GPU")
+    axes.set_ylabel("output tokens/s per rank")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8)
     return _save(figure, path)
 
