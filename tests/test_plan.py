@@ -222,7 +222,7 @@ BIG = ('family = "mixtral"\nvocab = 128\nd = 1024\nlayers = 16\ncontext = 64\n[a
 ])
 def test_bad_input_is_one_clear_error(cluster, tmp_path, capsys, words, expected):
     assert command(model_file(tmp_path), "--cluster", cluster, *SMALL, *FEWER, *words) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if "of_simulation" not in line]
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("hpcmoe: plan: ")]  # progress, on a slow machine
     assert len(err) == 1 and expected in err[0], err
 
 

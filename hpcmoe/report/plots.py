@@ -90,7 +90,7 @@ def plot_front(points: list[tuple[float, float]], front: list[tuple[float, float
     """Candidates of a plan as (TPOT in ms, tokens/s per rank): all points, the front as a line, some with a name (name, ms, tokens/s), and the
     limit of TPOT. Both axes are logarithmic. Errors as plot_trace."""
     figure, axes = _figure(7, 4.5)
-    axes.loglog(*zip(*points), ".", color=WAIT, label="simulated")
+    axes.loglog(*zip(*points), ".", color="#969696", label="simulated")
     axes.loglog(*zip(*front), "o-", color=COLOURS["COMBINE"], markersize=4, label="no other beats these")
     for (name, ms, rate), colour in zip(marks, (COLOURS["EXPERT"], COLOURS["ATTEND"])):
         axes.loglog([ms], [rate], "D", color=colour, label=name)
