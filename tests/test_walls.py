@@ -19,6 +19,8 @@ ALLOWED = {  # room -> rooms (or base modules) it may import
                         "compute.room", "compute.footprint", "compute.holdings"} | {f"parallel.{name}" for name in (
                             "batch", "check", "layout", "nodes", "ops", "plan", "polling", "replay", "schedule")},  # the schedule, not the engine
     "calibrate": BASE | {"model", "data", "cluster", "compute", "simulate", "report", "parallel", "calibrate", "jobfile", "job", "prepare", "launch", "doctor", "predicting", "bench.jobs", "bench.timing"},
+    "plan": BASE | {"model", "cluster", "report", "simulate", "plan", "placing", "compute.base", "compute.room", "parallel.layout", "parallel.plan",
+                    "parallel.schedule"},
     "report": {"errors", "files", "report"},
 }
 DOORS = {"cupy": {"device.py"}, "matplotlib": {"report/plots.py"}, "torch": {"bench/peers.py"}, "transformers": {"bench/peers.py"}}

@@ -80,6 +80,28 @@ def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def check() -> None:
+    """UserError where no picture can be made: better before long work than after."""
+    _figure(1, 1)
+
+
+def plot_front(points: list[tuple[float, float]], front: list[tuple[float, float]], marks: list[tuple[str, float, float]], limit_ms: float | None,
+               path: str | Path) -> Path:
+    """Candidates of a plan as (TPOT in ms, tokens/s per rank): all points, the front as a line, some with a name (name, ms, tokens/s), and the
+    limit of TPOT. Both axes are logarithmic. Errors as plot_trace."""
+    figure, axes = _figure(7, 4.5)
+    axes.loglog(*zip(*points), ".", color="#969696", label="simulated")
+    axes.loglog(*zip(*front), "o-", color=COLOURS["COMBINE"], markersize=4, label="no other beats these")
+    for (name, ms, rate), colour in zip(marks, (COLOURS["EXPERT"], COLOURS["ATTEND"])):
+        axes.loglog([ms], [rate], "D", color=colour, label=name)
+    if limit_ms is not None:
+        axes.axvline(limit_ms, color="black", linewidth=0.8, linestyle="--", label="limit of TPOT")
+    axes.set_xlabel("TPOT, ms")
+    axes.set_ylabel("output tokens/s per rank")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
 def _bars(spans: list[Span]) -> dict[str, list[tuple[float, float]]]:
     """(start, length) in ms by colour; touching bars of a colour are joined to keep files small."""
     looks = {}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from typing import Callable, Hashable, NamedTuple
+from typing import Callable, Hashable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -71,11 +71,13 @@ class Crew:
     """The ranks of one role. group: of replicas that are alike; program: the role's steps; doing(round, op): what an op is.
 
     busy_s, wait_s, post_s, device_s: by kind, arrays over the ranks. begun: when (round, op) began, for the ops in `watched`.
-    node: whose cores its only rank shares (None: every rank has its own).
+    weight_r: for how many rounds like it each round stands, where others are left out (None: for itself). All times but `now` and those of
+    stretches are then as if none were: left_out_s of them have not passed. node: whose cores its only rank shares (None: every rank has its own).
     """
 
     def __init__(self, group: int, role: Role, ranks: int, program: tuple[Step, ...], rounds: int, doing: Callable[[int, Op], Doing],
-                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset(), node: int | None = None):
+                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset(), weight_r: Sequence[float] | None = None,
+                 node: int | None = None):
         self.group, self.role, self.program, self.rounds, self.doing = group, role, program, rounds, doing
         self.sync_s, self.trace, self.watched, self.node = sync_s, trace, watched, node
         self.job: tuple[Op, Doing, np.ndarray] | None = None  # on shared cores: what it is at, and since when
@@ -86,8 +88,17 @@ class Crew:
         self.busy_s, self.wait_s, self.post_s, self.device_s = ({} for _ in range(4))
         self.stretches: list[Stretch] = []
         self.begun: dict[tuple[int, Op], np.ndarray] = {}
+        self.weight_r, self.round_s, self.left_out_s = weight_r, 0.0, 0.0
+
+    def next_round(self) -> None:
+        if self.weight_r is not None:
+            self.left_out_s = self.left_out_s + (self.weight_r[self.round] - 1) * (self.now - self.round_s)
+            self.round_s = self.now
+        self.round, self.at = self.round + 1, 0
 
     def _add(self, table: dict, kind: str, seconds) -> None:
+        if self.weight_r is not None and self.round < self.rounds:
+            seconds = seconds * self.weight_r[self.round]
         table[kind] = table.get(kind, 0.0) + seconds
 
     def _note(self, op: Op, start, end, wait: bool, device: bool = False) -> None:
@@ -96,13 +107,14 @@ class Crew:
         if self.trace:
             self.stretches.append(Stretch(op, self.round, start, end, wait, device))
 
-
     @classmethod
     def joined(cls, crews: list[Crew]) -> Crew:
         """Crews of one rank each, which have run the same program, as one."""
         first = crews[0]
-        made = cls(first.group, first.role, len(crews), first.program, first.rounds, first.doing, first.sync_s, first.trace, first.watched)
+        made = cls(first.group, first.role, len(crews), first.program, first.rounds, first.doing, first.sync_s, first.trace, first.watched,
+                   first.weight_r)
         made.now, made.round = np.concatenate([crew.now for crew in crews]), first.round
+        made.left_out_s = np.concatenate([np.broadcast_to(crew.left_out_s, 1) for crew in crews])
         for name in ("busy_s", "wait_s", "post_s", "device_s", "begun"):
             tables = [getattr(crew, name) for crew in crews]
             setattr(made, name, {key: np.concatenate([np.broadcast_to(table.get(key, 0.0), 1) for table in tables])
@@ -181,7 +193,7 @@ class Clock:
     def _done(self, crew: Crew, op: Op, doing: Doing, start: np.ndarray, end: np.ndarray) -> None:
         """An op is done by its host; the crew goes on to the next one."""
         if op in crew.watched:
-            crew.begun[crew.round, op] = start
+            crew.begun[crew.round, op] = start + crew.left_out_s
         crew._note(op, start, end, False)
         if doing.post_s:
             crew._add(crew.post_s, op.kind, doing.post_s)
@@ -200,7 +212,7 @@ class Clock:
             crew.pending[op] = (doing.waits_on, None)
         crew.need, crew.at = 0, crew.at + 1
         if crew.at == len(crew.program):
-            crew.round, crew.at = crew.round + 1, 0
+            crew.next_round()
 
     # ------------------------------------------------------------ exchanges
     def _post(self, flight: Flight, ready: float) -> None:

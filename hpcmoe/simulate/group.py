@@ -7,6 +7,7 @@ times. One of them is clocked, rank by rank; on the links all of them count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -45,10 +46,13 @@ class Setting:
 
 
 class Group:
-    """number: of the group; leaders_p: the places that lead, by stage; feed_j: the steps of each leader, all of equally many rounds."""
+    """number: of the group; leaders_p: the places that lead, by stage; feed_j: the steps of each leader, all of equally many rounds;
+    weight_r: as Crew's."""
 
-    def __init__(self, number: int, setting: Setting, ways: Ways, leaders_p: list[list[int]], feed_j: list[Feed]):
+    def __init__(self, number: int, setting: Setting, ways: Ways, leaders_p: list[list[int]], feed_j: list[Feed],
+                 weight_r: Sequence[float] | None = None):
         self.number, self.setting, self.ways, self.leaders_p, self.feed_j = number, setting, ways, leaders_p, feed_j
+        self.weight_r = weight_r
         self.rounds = len(feed_j[0].rows_rm)
         self.distinct = list({id(feed): feed for feed in feed_j}.values())
         place = {id(feed): i for i, feed in enumerate(self.distinct)}
@@ -79,14 +83,15 @@ class Group:
         s, tp = self.setting, self.setting.layout.tp
         watched = frozenset(self.first_op(m) for m in range(s.micros)) if role.stage == 0 and role.leader else frozenset()
         return Crew(self.number, role, len(self.places(role)) * tp, s.schedule.programs[role], self.rounds,
-                    lambda rnd, op: self._doing(role, rnd, op), s.durations.calibration.sync_s if s.durations.gpu else 0.0, s.trace, watched)
+                    lambda rnd, op: self._doing(role, rnd, op), s.durations.calibration.sync_s if s.durations.gpu else 0.0, s.trace, watched,
+                    self.weight_r)
 
     def _alone(self, role: Role, crew: Crew) -> list[Crew]:
         """A crew's ranks as crews of their own."""
         def doing(i: int):
             return lambda rnd, op: _of_rank(self._once(("doing", role, rnd, op), lambda: self._doing(role, rnd, op)), i)
         return [Crew(self.number, role, 1, crew.program, self.rounds, doing(i), crew.sync_s, crew.trace, crew.watched,
-                     int(self.ways.network.node_r[rank])) for i, rank in enumerate(self.ranks(role, self.ways.members[0]))]
+                     self.weight_r, int(self.ways.network.node_r[rank])) for i, rank in enumerate(self.ranks(role, self.ways.members[0]))]
 
     def join(self) -> None:
         """After the clock has run: `crews` have what their ranks did."""
@@ -102,7 +107,11 @@ class Group:
         return [feed.rows_rm[rnd][m] for feed in self.feed_j]
 
     def _counts_j(self, rnd: int, m: int) -> tuple[int, ...]:
-        return self._once((rnd, m), lambda: tuple(rows.count for rows in self.rows_j(rnd, m)))
+        return self._once(self._which(rnd, m), lambda: tuple(rows.count for rows in self.rows_j(rnd, m)))
+
+    def _which(self, rnd: int, m: int) -> tuple[int, ...]:
+        """The same for steps whose rows are the same objects, on all leaders."""
+        return tuple(id(feed.rows_rm[rnd][m]) for feed in self.distinct)
 
     def _slot_rows(self, rnd: int, op: Op) -> np.ndarray:
         """Rows that each slot of the layer gets."""
@@ -129,7 +138,7 @@ class Group:
                 for name in names:
                     took[:, i] += self._part(name, feed.rows_rm[rnd][m])
             return self._host_and_device(took[:, self.which_j])
-        return self._once((rnd, m, *names), make)
+        return self._once((self._which(rnd, m), *names), make)
 
     def _host_and_device(self, took) -> tuple[np.ndarray, np.ndarray | None]:
         """Of places, as of all their ranks; no device where none has anything to do."""
@@ -145,7 +154,7 @@ class Group:
         if role.leader:
             counted = self.moved.setdefault((role.stage, op.kind, op.layer), {})
             for one in moved:
-                counted.setdefault(id(one), [one, 0])[1] += 1
+                counted.setdefault(id(one), [one, 0])[1] += self.weight_r[rnd] if self.weight_r else 1
         return sum(one.host_s for one in moved), Flight((self.number, role.stage, rnd, op), self._taking_part(role, whole), tuple(leg for one in moved for leg in one.legs))
 
     def _taking_part(self, role: Role, whole: bool) -> int:

@@ -120,7 +120,7 @@ def read(args) -> Told:
     calibration = read_calibration(path)
     gpus = cluster.ranks if args.gpus is None else args.gpus
     if not 1 <= gpus <= cluster.ranks:
-        raise at("simulate", "--gpus", gpus, f"1 to {cluster.ranks}: {args.cluster} has nodes.count = {cluster.nodes.count} of "
+        raise at("command line", "--gpus", gpus, f"1 to {cluster.ranks}: {args.cluster} has nodes.count = {cluster.nodes.count} of "
                  f"nodes.ranks_per_node = {cluster.nodes.ranks_per_node}")
     share_le, load = read_shares(args.load, model, job.run.batch_tokens)
     told = Told(job, model, cluster, calibration, gpus, _lengths(args, job, model), share_le, load, _warnings(args, cluster, calibration))
@@ -135,19 +135,19 @@ def _job(args) -> JobConfig:
     for text in args.sets:
         key = text.partition("=")[0].strip()
         if key in ("task", "weights.file") or key.startswith("output."):
-            raise at("simulate", "--set", text, "a key that is not said otherwise: the model is MODEL, the work --requests or --sequences")
+            raise at("command line", "--set", text, "a key that is not said otherwise: the model is MODEL, the work --requests or --sequences")
     if args.requests and any(n is not None for n in (args.sequences, args.prompt_tokens, args.output_tokens)):
-        raise at("simulate", "--requests", args.requests, "either this or --sequences, --prompt-tokens, --output-tokens")
+        raise at("command line", "--requests", args.requests, "either this or --sequences, --prompt-tokens, --output-tokens")
     sets = [*args.sets, f"weights.file={args.model}", f"task={'generate' if args.requests else 'throughput'}"]
     short = {"requests.file": args.requests, "throughput.sequences": args.sequences, "throughput.prompt_tokens": args.prompt_tokens,
              "throughput.output_tokens": args.output_tokens, "output.dir": args.output, "output.trace": args.trace}
     job = read_job(None, sets + [f"{key}={value}" for key, value in short.items() if value is not None])
     run_ = job.run
     if run_.transport not in MODELLED:
-        raise at("simulate", "run.transport", run_.transport, "one of " + ", ".join(MODELLED) + ": others are not modelled in this version")
+        raise at("command line", "run.transport", run_.transport, "one of " + ", ".join(MODELLED) + ": others are not modelled in this version")
     for name in ("capacity_factor", "rebalance_every"):
         if getattr(run_, name):
-            raise at("simulate", f"run.{name}", getattr(run_, name), "0: it is not modelled in this version")
+            raise at("command line", f"run.{name}", getattr(run_, name), "0: it is not modelled in this version")
     return job
 
 
@@ -156,7 +156,7 @@ def _lengths(args, job: JobConfig, model: ModelConfig) -> list[tuple[int, int]]:
         batch = job.throughput
         longest = batch.prompt_tokens + batch.output_tokens
         if longest > model.context:
-            raise at("simulate", "--prompt-tokens and --output-tokens", longest, f"at most {model.context}, the model's context")
+            raise at("command line", "--prompt-tokens and --output-tokens", longest, f"at most {model.context}, the model's context")
         return [(batch.prompt_tokens, batch.output_tokens)] * batch.sequences
     requests = read_requests(job.requests.file, _tokenizer(args.model, model), job.sampling, model, job.task, job.run.context, job.requests.limit)
     lengths = [(len(r.tokens), r.max_tokens) for r in requests if not r.error]
@@ -188,7 +188,7 @@ def _warnings(args, c: ClusterFile, calibration: Calibration) -> list[str]:
 def _check_dtype(told: Told, path: str) -> None:
     dtype, item = told.job.weights.dtype, told.calibration.gemm.item_bytes
     if dtype != "auto" and (4 if dtype == "fp32" else 2) != item:
-        raise at("simulate", "weights.dtype", dtype, f"a type of {item} bytes, which {path} was made with, or auto")
+        raise at("command line", "weights.dtype", dtype, f"a type of {item} bytes, which {path} was made with, or auto")
 
 
 # ---------------------------------------------------------------- the simulation
@@ -208,7 +208,7 @@ def simulate(told: Told) -> Simulated:
     expert_ls = placing.expert_ls(placing.placement_of(job, model, layout), model, layout)
     trial = _trial(told, layout, network, durations)
     hierarchical = trial.hierarchical if trial else job.run.transport == "hierarchical"
-    setting = Setting(model, layout, schedule, durations, _slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
+    setting = Setting(model, layout, schedule, durations, slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
                       hierarchical, expert_ls, bool(told.cores()))
     groups, indices = _groups(told, setting, network, sizes)
     Clock([crew for group in groups for crew in group.running], network.bandwidth_l, Cores(told.cores())).run()
@@ -260,7 +260,7 @@ def _works(told: Told) -> list[Work]:
     return [Work(i, np.zeros(prompt, np.int8), outputs, 0.0, 0, 1.0, 0, (), False) for i, (prompt, outputs) in enumerate(told.lengths)]
 
 
-def _slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
+def slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
     """Of each layer's rows the share of each slot [l, s]: an expert's rows go to its copies alike."""
     copies_le = np.stack([np.bincount(expert_s, minlength=told.model.router.experts) for expert_s in expert_ls])
     return np.take_along_axis(told.share_le / np.maximum(copies_le, 1), expert_ls, axis=1)
