@@ -33,6 +33,7 @@ def _main(argv: list[str] | None) -> int:
     from hpcmoe.cluster import balance_cli, calibrate_cli, place_cli
     from hpcmoe.data import weights_cli
     from hpcmoe.launch import Parser
+    from hpcmoe.paper import paper_cli
     from hpcmoe.report import report_cli
     from hpcmoe.simulate import simulate_cli
     parser = Parser(prog="hpcmoe", description="Batch inference of Mixture-of-Experts language models as an MPI job, "
@@ -49,6 +50,7 @@ def _main(argv: list[str] | None) -> int:
     balance_cli.add_parser(commands)
     calibrate_cli.add_parser(commands)
     simulate_cli.add_parser(commands)
+    paper_cli.add_parser(commands)
     args = parser.parse_args(argv)
     return args.handler(args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 from hpcmoe.paper import roofline
@@ -134,8 +135,10 @@ def _verdict(setup: Setup, c: Claim) -> str:
     words += (f"meets the paper's TPOT within {percent(CLOSE)}." if abs(ratio - 1) <= CLOSE else
               f"does not meet the paper's TPOT: ours is {ratio:.2f} times as {'long' if ratio > 1 else 'short'}." if ratio > 1 else
               f"is faster here than in the paper: {ratio:.2f} of its TPOT.")
-    words += (f" The paper's is {c.tpot_s / at_least:.2f} times the roofline of {ms(at_least)} ms, which leaves {us((c.tpot_s - at_least) / layers)} us per layer for "
-              f"everything that a roofline leaves out; ours takes {us((c.own.tpot_s - at_least) / layers)}.\n")
+    spare_s = (c.tpot_s - at_least) / layers
+    left = f"leaves {us(spare_s)} us per layer for everything that a roofline leaves out" if spare_s >= 0 else "cannot be reached with these widths"
+    words += (f" The paper's is {c.tpot_s / at_least:.2f} times the roofline of {ms(at_least)} ms (data sheet), which {left}; ours takes "
+              f"{us((c.own.tpot_s - at_least) / layers)} us per layer beyond it.\n")
     if ratio <= 1 + CLOSE:
         return words + "\n"
     return words + "For ours to be the paper's, one of these alone would have to be true:\n\n" + "".join(f"- {line}\n" for line in _needed(setup, c)) + "\n"
@@ -163,7 +166,6 @@ def _needed(setup: Setup, c: Claim) -> list[str]:
 
 def _faster(calibration, x: float):
     g, a, e = calibration.gemm, calibration.attention, calibration.elementwise
-    from dataclasses import replace
     return replace(calibration, gemm=replace(g, memory_gb_per_s=g.memory_gb_per_s * x, cache_gb_per_s=g.cache_gb_per_s * x, unit_gb_per_s=g.unit_gb_per_s * x),
                    attention=replace(a, kv_gb_per_s=a.kv_gb_per_s * x), elementwise=replace(e, gb_per_s=e.gb_per_s * x))
 

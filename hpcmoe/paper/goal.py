@@ -16,7 +16,8 @@ from hpcmoe.report.plots import Series, plot_series
 
 GOAL, LIMIT_S = 1.8e6, 2.4e-3  # four times the paper's tokens/s, at no more than about its TPOT
 SKEWS = (None, 0.0, 1.01, 1.2)
-IN_FLIGHT = (1024, 2048, 3072, 4096, 6144, 8192, 16384)
+NEAR = 2.0  # those within so many times the limit are clocked again with constants free
+IN_FLIGHT = (1024, 1536, 2048, 2560, 3072, 4096, 6144, 8192, 16384)  # on one lane; on two every other
 
 
 class Tried(NamedTuple):
@@ -25,7 +26,7 @@ class Tried(NamedTuple):
 
 
 def untapped(setup: Setup, proposal: Claim, pictures: Path) -> str:
-    found = search(setup, setup.machine)
+    found = search(setup)
     plot_series([Series("all layouts tried", [1e3 * t.own.tpot_s for t in found], [t.own.tokens_per_s / 1e6 for t in found], ".", ""),
                  Series("best of them", *zip(*[(1e3 * t.own.tpot_s, t.own.tokens_per_s / 1e6) for t in pareto(found)]), "o", "-"),
                  Series("the paper", [1e3 * proposal.tpot_s], [proposal.tokens_per_s / 1e6], "*", ""),
@@ -118,18 +119,23 @@ def _any_layout_s(setup: Setup, tokens: float, r: roofline.Rates) -> float:
     return max(r.item * numbers / r.memory, 2 * tokens * used / r.flop) / GPUS
 
 
-def search(setup: Setup, machine: Machine) -> list[Tried]:
-    """Every layout of 64 GPUs in one replica, with one micro-batch per stage and with two on two lanes; node-aware exchange where it is not
-    divided."""
+def search(setup: Setup) -> list[Tried]:
+    """Every layout of 64 GPUs in one replica, with one micro-batch per stage and with two on two lanes; node-aware exchange where experts are
+    whole."""
     cases = []
     for pp in (1, 2, 4):
         for tp in (1, 2, 4, 8):
             ep = GPUS // pp // tp
             layout = Layout(1, pp, ep, tp, "all", max(0, ep - setup.model.router.experts))
             for lanes in (1, 2):
-                for tokens in IN_FLIGHT:
+                for tokens in IN_FLIGHT[::lanes]:
                     for hierarchical in ((False, True) if tp == 1 else (False,)):
                         cases.append(setup.case(layout, tokens // (pp * lanes), pp * lanes, lanes=lanes, hierarchical=hierarchical))
+    return clocked(setup, cases, setup.machine)
+
+
+def clocked(setup: Setup, cases: list[Case], machine: Machine) -> list[Tried]:
+    """Those that fit."""
     return [Tried(case, own) for case, own in zip(cases, setup.clock(cases, machine)) if own]
 
 
@@ -147,9 +153,10 @@ def _searched(setup: Setup, found: list[Tried]) -> str:
              rate(t.own.tokens_per_s), ms(t.own.tpot_s)] for t in pareto(found)]
     text = (f"{len(found)} combinations of layout, lanes, exchange and {IN_FLIGHT[0]:,} to {IN_FLIGHT[-1]:,} tokens in flight that fit in memory, even load; those that "
             "no other beats in both:\n\n" + table(["layout", "batches", "lanes", "exchange", "tokens/s", "TPOT, ms"], rows) + "\n" + setup.rests())
-    lines = [("with all constants as they are", found), ("with all that is assumed free", search(setup, free(setup.machine, setup.of(ASSUMED)))),
-             ("with messages free", search(setup, no_network(setup.machine))),
-             ("with both", search(setup, no_network(free(setup.machine, setup.of(ASSUMED)))))]
+    near = [t.case for t in found if t.own.tpot_s <= NEAR * LIMIT_S]
+    ideal = free(setup.machine, setup.of(ASSUMED))
+    lines = [("with all constants as they are", found)] + [(words, clocked(setup, near, machine)) for words, machine in (
+        ("with all that is assumed free", ideal), ("with messages free", no_network(setup.machine)), ("with both", no_network(ideal)))]
     rows = []
     for words, tried in lines:
         within = [t for t in tried if t.own.tpot_s <= LIMIT_S]

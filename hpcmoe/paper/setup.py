@@ -68,30 +68,43 @@ class Setup:
 
     def rests(self) -> str:
         """One line for below a table or picture."""
-        names = {standing: [f"`{c.name}`" for c in self.of(standing)] for standing in (MEASURED, FITTED, ASSUMED)}
-        names[gemm_standing(self.machine.calibration.source)].insert(0, "products (`gemm`)")
+        names: dict[str, list[str]] = {}
+        for standing in (MEASURED, FITTED, ASSUMED):
+            keys: dict[str, list[str]] = {}
+            for c in self.of(standing):
+                keys.setdefault(c.table, []).append(c.key)
+            names[standing] = [f"`{table}` ({', '.join(found)})" for table, found in keys.items()]
+        names[gemm_standing(self.machine.calibration.source)].insert(0, "`gemm` (products)")
         said = [f"{standing}: {', '.join(found)}" for standing, found in names.items() if found]
         return f"<sub>Simulated; {'; '.join(said)}; {CITED}: {len(self.of(CITED))} numbers ([constants](#constants)).</sub>\n"
 
 
+def command(args) -> str:
+    """The command that makes this page again: what was given, but for --jobs, which changes nothing."""
+    options = ("cluster", "hidden", "expert_width", "attention_width", "top_k", "context", "memory_gb_per_s")
+    given = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in options if getattr(args, name) is not None]
+    return " ".join(["python -m hpcmoe paper --out", args.out, *given])
+
+
 def read(args) -> Setup:
     """Raises UserError for whatever the user can mend."""
+    path = args.cluster or str(CLUSTER)
     for name in ("hidden", "expert_width", "attention_width", "top_k", "context", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise at("paper", "--" + name.replace("_", "-"), value, "a number >= 1")
-    cluster = read_cluster(args.cluster, simulate=True)
+    cluster = read_cluster(path, simulate=True)
     if cluster.ranks < GPUS or cluster.nic is None:
-        raise at(args.cluster, "nodes.count", cluster.nodes.count, f"at least {-(-GPUS // cluster.nodes.ranks_per_node)} nodes with adapters: "
+        raise at(path, "nodes.count", cluster.nodes.count, f"at least {-(-GPUS // cluster.nodes.ranks_per_node)} nodes with adapters: "
                  f"{GPUS} ranks at nodes.ranks_per_node = {cluster.nodes.ranks_per_node}")
-    path = find_calibration(cluster.calibration, args.cluster)
-    calibration = read_calibration(path)
+    kernels = find_calibration(cluster.calibration, path)
+    calibration = read_calibration(kernels)
     if calibration.gemm.units == 1:
-        raise at(str(path), "gemm.units", 1, "the calibration of a GPU")
-    constants = tuple(read_constants(args.cluster, path))
-    shown = Path(args.cluster).resolve()
-    shown = shown.relative_to(INPUTS.parent) if shown.is_relative_to(INPUTS.parent) else args.cluster
-    return Setup(_model(args), Machine(cluster, calibration), str(shown), constants, _memory(args, cluster.calibration), args.context, args.jobs)
+        raise at(str(kernels), "gemm.units", 1, "the calibration of a GPU")
+    shown = Path(path).resolve()
+    shown = shown.relative_to(INPUTS.parent) if shown.is_relative_to(INPUTS.parent) else path
+    return Setup(_model(args), Machine(cluster, calibration), str(shown), tuple(read_constants(path, kernels)), _memory(args, cluster.calibration),
+                 args.context or KEYS, args.jobs)
 
 
 def _model(args) -> ModelConfig:

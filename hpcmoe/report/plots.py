@@ -95,6 +95,11 @@ def _bars(spans: list[Span]) -> dict[str, list[tuple[float, float]]]:
     return looks
 
 
+def check_plots() -> None:
+    """Raises UserError where matplotlib is absent: better before long work than after."""
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float):
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

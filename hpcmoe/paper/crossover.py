@@ -1,0 +1,127 @@
+"""For which batches, widths and skews does one expert per GPU win, at equal GPU count?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from hpcmoe.paper.setup import GPUS, Setup, resized
+from hpcmoe.paper.steady import Case, Steady
+from hpcmoe.paper.words import layout_name, percent, table
+from hpcmoe.parallel.layout import Layout
+from hpcmoe.report.plots import Panel, plot_maps
+
+TOKENS = (256, 1024, 4096, 16384, 65536)
+SKEWS = (None, 1.01, 1.2)
+OURS = ("1", "1c")   # codes of one expert per GPU
+
+
+class Contender(NamedTuple):
+    code: str
+    name: str
+    layouts: tuple[Layout, ...]
+
+
+def contenders(experts: int) -> list[Contender]:
+    """All on 64 GPUs; where there are several layouts, the faster counts."""
+    found = [Contender("1", "one expert per GPU", (Layout(1, 4, experts),)),
+             Contender("1c", "one expert per GPU, with copies", tuple(Layout(1, pp, GPUS // pp, 1, "all", GPUS // pp - experts) for pp in (1, 2)))]
+    found += [Contender(str(n), f"{n} experts per GPU", tuple(Layout(4 * n // pp, pp, experts // n) for pp in (1, 4))) for n in (2, 4, 8)]
+    return found + [Contender("TP", "TP = 8", tuple(Layout(8 // pp, pp, 1, 8) for pp in (1, 2, 4)))]
+
+
+class Cell(NamedTuple):
+    """best: the fastest of each contender, by code; winner: its code; ratio: of one expert per GPU to the best of the others."""
+
+    best: dict[str, Steady]
+
+    @property
+    def winner(self) -> str:
+        return max(self.best, key=lambda code: self.best[code].tokens_per_s)
+
+    @property
+    def ratio(self) -> float:
+        ours, others = ([s.tokens_per_s for code, s in self.best.items() if (code in OURS) == mine] for mine in (True, False))
+        return max(ours) / max(others) if ours and others else float("nan")
+
+
+def widths(setup: Setup) -> list[int]:
+    f = setup.model.expert.f
+    return [f // 8, f // 4, f // 2, f, 2 * f]
+
+
+def cases_of(setup: Setup, width: int, tokens: int, skew: float | None) -> list[tuple[str, Case]]:
+    """One cell's: `tokens` in flight over all replicas and stages, a micro-batch on each stage."""
+    model = resized(setup.model, f=width)
+    return [(c.code, setup.case(layout, tokens // layout.dp // layout.pp, layout.pp, model=model, skew=skew))
+            for c in contenders(model.router.experts) for layout in c.layouts]
+
+
+def cells(setup: Setup, keys: list[tuple[int, int, float | None]]) -> list[Cell]:
+    """keys: width, tokens, skew."""
+    cases = [cases_of(setup, *key) for key in keys]
+    own = iter(setup.clock([case for row in cases for _, case in row]))
+    found = []
+    for row in cases:
+        best: dict[str, Steady] = {}
+        for code, _ in row:
+            one = next(own)
+            if one and (code not in best or one.tokens_per_s > best[code].tokens_per_s):
+                best[code] = one
+        found.append(Cell(best))
+    return found
+
+
+def crossover(setup: Setup, pictures: Path) -> str:
+    keys = [(f, tokens, skew) for skew in SKEWS for f in widths(setup) for tokens in TOKENS]
+    cell = dict(zip(keys, cells(setup, keys)))
+    names = contenders(setup.model.router.experts)
+    codes = [c.code for c in names]
+    panels = [Panel(_skew(skew), [[codes.index(cell[f, t, skew].winner) for t in TOKENS] for f in widths(setup)],
+                    [[_ratio(cell[f, t, skew]) for t in TOKENS] for f in widths(setup)]) for skew in SKEWS]
+    plot_maps(panels, [c.name for c in names], [f"{t:,}" for t in TOKENS], [f"{f:,}" for f in widths(setup)], ("tokens in flight", "expert width"),
+              pictures / "paper-crossover.svg")
+    rows = [[_skew(skew), f"{f:,}", *[f"{cell[f, t, skew].winner}: {_ratio(cell[f, t, skew])}" for t in TOKENS]] for skew in SKEWS for f in widths(setup)]
+    return f"""## 5. Where one expert per GPU wins
+
+{GPUS} GPUs each, as many tokens in flight over all replicas and stages, one batch on each stage: so TPOT = tokens in flight / tokens per second, and who wins in one wins in the other.
+Whoever has several experts on a GPU has as many replicas of the model instead, seats planned for the load; weights of a GPU grow accordingly.
+
+{table(["code", "what", "layout"], [[c.code, c.name, " or ".join(map(layout_name, c.layouts))] for c in names])}
+Winner, and tokens/s of one expert per GPU (the better of 1 and 1c) over the best of the others:
+
+{table(["skew", "expert width", *[f"{t:,} tokens" for t in TOKENS]], rows)}
+{setup.rests()}
+![Who wins](pictures/paper-crossover.svg)
+
+{_summary(setup, cell)}"""
+
+
+def _skew(skew: float | None) -> str:
+    return "even" if skew is None else f"skew {skew:g}"
+
+
+def _ratio(cell: Cell) -> str:
+    return f"{cell.ratio:.2f}"
+
+
+def _summary(setup: Setup, cell: dict) -> str:
+    lines = []
+    for skew in SKEWS:
+        mine = {key: c for key, c in cell.items() if key[2] == skew}
+        won = [key for key, c in mine.items() if c.winner in OURS]
+        plain = sum(c.winner == "1" for c in mine.values())
+        others: dict[str, int] = {}
+        for c in mine.values():
+            if c.winner not in OURS:
+                others[c.winner] = others.get(c.winner, 0) + 1
+        rest = ", ".join(f"{code} {count}" for code, count in others.items())
+        first = {f: min((t for w, t, _ in won if w == f), default=None) for f in widths(setup)}
+        lines.append(f"- {_skew(skew)}: one expert per GPU wins {len(won)} of {len(mine)} cells, {plain} of them without copies{f' (the others: {rest})' if rest else ''}; "
+                     f"at the assumed width from {_first(first[setup.model.expert.f])}. Its gain is between {percent(min(c.ratio for c in mine.values()) - 1)} and "
+                     f"{percent(max(c.ratio for c in mine.values()) - 1)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _first(tokens: int | None) -> str:
+    return "no number of tokens here on" if tokens is None else f"{tokens:,} tokens in flight on"
