@@ -18,6 +18,7 @@ ALLOWED = {  # room -> rooms (or base modules) it may import
     "simulate": BASE | {"model", "data", "cluster", "report", "simulate", "jobfile", "placing", "kernels.e4m3", "compute.base", "compute.step",
                         "compute.room", "compute.footprint", "compute.holdings"} | {f"parallel.{name}" for name in (
                             "batch", "check", "layout", "nodes", "ops", "plan", "replay", "schedule")},  # the schedule, not the engine
+    "paper": BASE | {"model", "data", "cluster", "simulate", "report", "paper", "compute.base"} | {f"parallel.{name}" for name in ("balance", "check", "layout", "schedule")},
     "report": {"errors", "files", "report"},
 }
 DOORS = {"cupy": {"device.py"}, "matplotlib": {"report/plots.py"}, "torch": {"bench/peers.py"}, "transformers": {"bench/peers.py"}}

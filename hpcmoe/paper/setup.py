@@ -12,7 +12,7 @@ from hpcmoe.config import ModelConfig
 from hpcmoe.errors import at
 from hpcmoe.paper.constants import ASSUMED, CITED, FITTED, MEASURED, Constant, gemm_standing, read_constants
 from hpcmoe.paper.roofline import Rates
-from hpcmoe.paper.steady import Case, Machine, Steady, clock_all
+from hpcmoe.paper.steady import Case, Machine, Steady, clock_all, steady
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.simulate.modelfile import read_model
 
@@ -48,7 +48,12 @@ class Setup:
         return self.case(Layout(1, 2, 1, 8), batch, micros, **more)
 
     def clock(self, cases: list[Case], machine: Machine | None = None) -> list[Steady | None]:
+        """None for a case that does not fit the memory."""
         return clock_all([(case, machine or self.machine) for case in cases], self.jobs)
+
+    def must(self, cases: list[Case], machine: Machine | None = None) -> list[Steady]:
+        """Raises UserError for the first case that does not fit."""
+        return [own or steady(case, machine or self.machine) for own, case in zip(self.clock(cases, machine), cases)]
 
     # ------------------------------------------------------------ what it rests on
     @property
@@ -67,7 +72,7 @@ class Setup:
         return [c for c in self.constants if c.standing == standing]
 
     def rests(self) -> str:
-        """One line for below a table or picture."""
+        """One line for the end of a section: what all its tables and pictures stand on."""
         names: dict[str, list[str]] = {}
         for standing in (MEASURED, FITTED, ASSUMED):
             keys: dict[str, list[str]] = {}
@@ -76,7 +81,7 @@ class Setup:
             names[standing] = [f"`{table}` ({', '.join(found)})" for table, found in keys.items()]
         names[gemm_standing(self.machine.calibration.source)].insert(0, "`gemm` (products)")
         said = [f"{standing}: {', '.join(found)}" for standing, found in names.items() if found]
-        return f"<sub>Simulated; {'; '.join(said)}; {CITED}: {len(self.of(CITED))} numbers ([constants](#constants)).</sub>\n"
+        return f"<sub>All of this section is simulated. What it rests on is {'; '.join(said)}; {CITED}: the other {len(self.of(CITED))} numbers ([constants](#constants)).</sub>\n"
 
 
 def command(args) -> str:

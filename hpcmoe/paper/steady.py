@@ -6,6 +6,7 @@ requests: every micro-batch has the same decode rows in every round. So a few ro
 
 from __future__ import annotations
 
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +33,7 @@ from hpcmoe.simulate.memory import fit, shard_of
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import Feed, Rows
 
-WARM, MEASURED = 4, 4  # rounds before those that are timed, and those
+WARM, MEASURED = 4, 2  # rounds before those that are timed, and those; one each where a single batch is in flight
 GRAPHS = RunJob().graphs
 
 
@@ -86,17 +87,17 @@ def steady(case: Case, machine: Machine) -> Steady:
     leaders_dp = [layout.leader_places(network.node_r, dp) for dp in range(layout.dp)]
     leaders = len(leaders_dp[0][0])
     memory = _memory(case, machine, leaders)
-    local = shard_of(model, layout.tp).model if layout.tp > 1 else model
-    durations = Durations(calibration, local, model, True, GRAPHS, False)
+    durations = _durations(calibration, model, layout.tp)
+    warm, measured = (WARM, MEASURED) if case.micros > 1 else (1, 1)
     share_ls, expert_ls = _loads(model.layers, model.router, layout, case.skew, case.batch)
     setting = Setting(model, layout, _schedule(layout.pp, model.layers, case.micros, case.lanes, layout.tp > 1), durations, share_ls, case.micros,
                       False, case.hierarchical, expert_ls)
-    feeds = {n: Feed([[_rows(n, case.keys)] * case.micros] * (WARM + MEASURED), []) for n in {len(share(case.batch, leaders, j)) for j in range(leaders)}}
+    feeds = {n: Feed([[_rows(n, case.keys)] * case.micros] * (warm + measured), []) for n in {len(share(case.batch, leaders, j)) for j in range(leaders)}}
     feed_j = [feeds[len(share(case.batch, leaders, j))] for j in range(leaders)]
     groups = [Group(i, setting, Ways(network, layout, members, leaders_dp[members[0]], share_ls.shape[1]), leaders_dp[members[0]], feed_j)
               for i, members in enumerate(alike(layout, network, [0] * layout.dp))]
     Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
-    return Steady(max(_round_s(group) for group in groups), case.batch * case.micros * layout.dp, layout.size, _device_s(groups[0]),
+    return Steady(max(_round_s(group, measured) for group in groups), case.batch * case.micros * layout.dp, layout.size, _device_s(groups[0]),
                   _busiest(groups[0]), memory)
 
 
@@ -104,7 +105,7 @@ def clock_all(cases: list[tuple[Case, Machine]], jobs: int) -> list[Steady | Non
     """Every case clocked, in their order, on so many processes; None for one that does not fit."""
     if jobs == 1 or len(cases) < 2:
         return [_or_none(*case) for case in cases]
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_or_none, *zip(*cases), chunksize=4))
 
 
@@ -127,10 +128,20 @@ def _schedule(pp: int, layers: int, micros: int, lanes: int, shards: bool) -> Sc
     return found
 
 
-def _round_s(group: Group) -> float:
-    """From the begin of a micro-batch's step to the begin of its next, in the mean over the measured rounds."""
-    begun, last = group.crews[Role(0, True)].begun, WARM + MEASURED - 1
-    return max(float((begun[last, op] - begun[WARM - 1, op]).max()) for op in map(group.first_op, range(group.setting.micros))) / MEASURED
+KEPT: dict[tuple, Durations] = {}  # their products are worked out once
+
+
+def _durations(calibration: Calibration, model: ModelConfig, tp: int) -> Durations:
+    key = (calibration, repr(model), tp)
+    if key not in KEPT:
+        KEPT[key] = Durations(calibration, shard_of(model, tp).model if tp > 1 else model, model, True, GRAPHS, False)
+    return KEPT[key]
+
+
+def _round_s(group: Group, measured: int) -> float:
+    """From the begin of a micro-batch's step to the begin of its next, in the mean over the measured rounds, which are the last ones."""
+    begun, last = group.crews[Role(0, True)].begun, group.rounds - 1
+    return max(float((begun[last, op] - begun[last - measured, op]).max()) for op in map(group.first_op, range(group.setting.micros))) / measured
 
 
 def _device_s(group: Group) -> dict[str, float]:
