@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpcmoe.errors import EXIT_OK
+from hpcmoe.errors import EXIT_OK, at
 from hpcmoe.files import check_folder, replacing
 from hpcmoe.paper.claims import assumption, claims, compared
 from hpcmoe.paper.constants import ASSUMED, gemm_standing
@@ -19,6 +19,8 @@ from hpcmoe.report.plots import check_plots
 def run(args) -> int:
     """Runs `paper`; its exit code. Raises UserError for whatever the user can mend, before anything is written."""
     setup, out = read(args), Path(args.out)
+    if out.is_dir():
+        raise at("paper", "--out", args.out, "a file")
     check_plots()
     pictures = out.parent / "pictures"
     check_folder(pictures)

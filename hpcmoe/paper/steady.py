@@ -6,7 +6,9 @@ requests: every micro-batch has the same decode rows in every round. So a few ro
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,8 +107,13 @@ def clock_all(cases: list[tuple[Case, Machine]], jobs: int) -> list[Steady | Non
     """Every case clocked, in their order, on so many processes; None for one that does not fit."""
     if jobs == 1 or len(cases) < 2:
         return [_or_none(*case) for case in cases]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), _end_with_parent) as pool:
         return list(pool.map(_or_none, *zip(*cases), chunksize=4))
+
+
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would wait for ever."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _or_none(case: Case, machine: Machine) -> Steady | None:
