@@ -34,6 +34,7 @@ def _main(argv: list[str] | None) -> int:
     from hpcmoe.cluster import balance_cli, place_cli
     from hpcmoe.data import weights_cli
     from hpcmoe.launch import Parser
+    from hpcmoe.paper import paper_cli
     from hpcmoe.plan import plan_cli
     from hpcmoe.report import report_cli
     from hpcmoe.simulate import simulate_cli
@@ -52,6 +53,7 @@ def _main(argv: list[str] | None) -> int:
     calibrate_cli.add_parser(commands)
     simulate_cli.add_parser(commands)
     plan_cli.add_parser(commands)
+    paper_cli.add_parser(commands)
     args = parser.parse_args(argv)
     return args.handler(args)
 

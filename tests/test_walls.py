@@ -21,6 +21,7 @@ ALLOWED = {  # room -> rooms (or base modules) it may import
     "calibrate": BASE | {"model", "data", "cluster", "compute", "simulate", "report", "parallel", "calibrate", "jobfile", "job", "prepare", "launch", "doctor", "predicting", "bench.jobs", "bench.timing"},
     "plan": BASE | {"model", "cluster", "report", "simulate", "plan", "placing", "compute.base", "compute.room", "parallel.layout", "parallel.plan",
                     "parallel.schedule"},
+    "paper": BASE | {"model", "data", "cluster", "simulate", "report", "paper", "compute.base"} | {f"parallel.{name}" for name in ("balance", "check", "layout", "schedule")},
     "report": {"errors", "files", "report"},
 }
 DOORS = {"cupy": {"device.py"}, "matplotlib": {"report/plots.py"}, "torch": {"bench/peers.py"}, "transformers": {"bench/peers.py"}}
