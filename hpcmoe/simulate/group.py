@@ -127,8 +127,8 @@ class Group:
     def _doing(self, role: Role, rnd: int, op: Op) -> Doing:
         doing = getattr(self, "_" + op.kind.lower())(role, rnd, op)
         durations = self.setting.durations
-        own_s = durations.calibration.op_s if durations.gpu else self.own_work.seconds(role, rnd, op)
-        return doing._replace(host_s=doing.host_s + own_s)
+        own_s = 0.0 if durations.gpu else self.own_work.seconds(role, rnd, op)
+        return doing._replace(host_s=doing.host_s + durations.calibration.op_s + own_s)
 
     def _leaders(self, rnd: int, m: int, *names: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(host, device) seconds of a leader crew's ranks for these parts of Durations."""
