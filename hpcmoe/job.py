@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from hpcmoe import memory, placing, predicting
+from hpcmoe import memory, placing
 from hpcmoe.compute.base import Sizes
 from hpcmoe.compute.footprint import weights_bytes
 from hpcmoe.compute.holdings import Share
@@ -299,6 +299,7 @@ class Session:
 
     def _predict(self, report: dict) -> None:
         """Adds what the simulator says of this run, where a cluster file is named."""
+        from hpcmoe import predicting  # the simulator: of no use to other ranks, and before the end
         found = predicting.predict(self, report)
         if found:
             report["predicted"] = found
