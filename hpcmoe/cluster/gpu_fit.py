@@ -18,7 +18,7 @@ from hpcmoe.cluster.measure import fit_elementwise
 from hpcmoe.errors import UserError
 
 HELD_OUT = (5120, 3072)        # products with n or k of these judge the fit
-ATTENTION_START = (346e3, 0.75, 3.0, 0.1, 0.05)  # GFLOP/s, part of the copy rate, us of a call, of a chunk, of a row
+ATTENTION_START = (346e3, 0.75, 3.0, 0.1, 0.05, 64.0, 10.0)  # GFLOP/s, part of the copy rate, us of a call, of a chunk, of a row; keys; us
 SECTIONS = ("gemm", "attention", "elementwise", "host", "copies")
 
 
@@ -153,8 +153,8 @@ def _attention(raw: Raw, parts: dict) -> tuple[AttentionModel, dict[str, FitErro
     start = np.log([ATTENTION_START[0], ATTENTION_START[1] * _copy_rate(raw), *ATTENTION_START[2:]])
 
     def model(x) -> AttentionModel:
-        rate, kv, floor, segment, row = np.exp(x)
-        return rounded(AttentionModel(float(rate), float(rate), float(kv), 0.0, 0.5, float(floor), float(segment), float(row)))
+        rate, kv, *others = map(float, np.exp(x))
+        return rounded(AttentionModel(rate, rate, kv, 0.0, 0.5, *others))
 
     def seconds(rows, a: AttentionModel) -> np.ndarray:
         return np.array([attention_s(gemm, a, row) for row, _ in rows])
