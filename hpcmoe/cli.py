@@ -34,6 +34,8 @@ def _main(argv: list[str] | None) -> int:
     from hpcmoe.cluster import balance_cli, place_cli
     from hpcmoe.data import weights_cli
     from hpcmoe.launch import Parser
+    from hpcmoe.paper import paper_cli
+    from hpcmoe.plan import plan_cli
     from hpcmoe.report import report_cli
     from hpcmoe.simulate import simulate_cli
     parser = Parser(prog="hpcmoe", description="Batch inference of Mixture-of-Experts language models as an MPI job, "
@@ -50,6 +52,8 @@ def _main(argv: list[str] | None) -> int:
     balance_cli.add_parser(commands)
     calibrate_cli.add_parser(commands)
     simulate_cli.add_parser(commands)
+    plan_cli.add_parser(commands)
+    paper_cli.add_parser(commands)
     args = parser.parse_args(argv)
     return args.handler(args)
 
@@ -72,6 +76,7 @@ def _add_run(commands) -> None:
     p.add_argument("--rebalance-every", metavar="K", help="short for --set run.rebalance_every=K: look at the load every K steps")
     p.add_argument("--capacity-factor", metavar="F", help="short for --set run.capacity_factor=F: at most ceil(F x tokens x top_k / experts) "
                    "rows per expert of a leader's micro-batch; CHANGES RESULTS (run.over_capacity: reroute or drop)")
+    p.add_argument("--cluster", metavar="FILE", help="short for --set run.cluster=FILE: the machine's cluster file: the report says what was predicted")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace of all ranks")
     p.add_argument("--quiet", action="store_true", help="no progress, no table; errors only")
     p.set_defaults(handler=_run)
@@ -90,7 +95,7 @@ def _run(args) -> int:
              "weights.dtype": args.dtype, "run.device": args.device, "run.gpu_memory_fraction": args.gpu_memory_fraction,
              "layout.replicas": args.replicas, "run.rebalance_every": args.rebalance_every,
              "run.capacity_factor": args.capacity_factor,
-             "output.trace": args.trace}
+             "run.cluster": args.cluster, "output.trace": args.trace}
     sets = args.sets + [f"{key}={value}" for key, value in short.items() if value is not None]
     if args.quiet:
         sets.append("output.quiet=true")

@@ -176,6 +176,7 @@ class RunJob:
     move copies of experts where that pays (0: never). rebalance_gb_per_s: what moving weights is reckoned with (0: measured).
     capacity_factor: at most ceil(factor x tokens x top_k / experts) rows per expert of a leader's micro-batch (0: no limit);
     over_capacity: reroute or drop what is beyond (model.capacity). It changes results; on CPUs.
+    cluster: cluster file of the machine ("": $HPCMOE_CLUSTER, or none): the report says what the simulator predicts on it.
     """
 
     schedule: str = "overlapped"
@@ -198,6 +199,7 @@ class RunJob:
     rebalance_gb_per_s: float = 0.0
     capacity_factor: float = 0.0
     over_capacity: str = "reroute"
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
@@ -283,9 +285,9 @@ def _converted_list(item, value, where: str, name: str) -> tuple:
         if isinstance(value, (list, tuple)) and all(isinstance(v, dict) for v in value):
             return tuple(from_dict(item, v, where, f"{name}[{i}].") for i, v in enumerate(value))
         raise at(where, name, value, f"a list of tables: [[{name}]]")
-    if isinstance(value, (list, tuple)) and all(type(v) in (item, int) for v in value):
+    if isinstance(value, (list, tuple)) and all(type(v) is item or (item is float and type(v) is int) for v in value):
         return tuple(item(v) for v in value)
-    raise at(where, name, value, "a list of integers" if item is int else "a list of numbers")
+    raise at(where, name, value, {int: "a list of integers", str: "a list of texts"}.get(item, "a list of numbers"))
 
 
 def to_dict(config) -> dict:

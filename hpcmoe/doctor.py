@@ -158,6 +158,14 @@ def cpu() -> tuple[str, set[str]]:
     return fields.get("model name", platform.machine()), set(flags.split())
 
 
+def processor() -> str:
+    """The CPU in words that tell it from others: model name, family and model."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    numbers = ", ".join(f"{name.lstrip('cpu ')} {fields[name]}" for name in ("cpu family", "model") if name in fields)
+    return cpu()[0] + (f" ({numbers})" if numbers else "")
+
+
 def _arithmetic() -> list[Check]:
     try:
         import numpy

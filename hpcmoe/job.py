@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from hpcmoe import memory, placing
+from hpcmoe import memory, placing, predicting
 from hpcmoe.compute.base import Sizes
 from hpcmoe.compute.footprint import weights_bytes
 from hpcmoe.compute.holdings import Share
@@ -278,6 +278,7 @@ class Session:
         job, requests, tokenizer = self.job, self.mine.requests, self.mine.tokenizer
         failed = [r for r in requests if r.error]
         report = metrics.metrics(self.records, job_facts(self, len(failed)))
+        self._predict(report)
         path = self._write_outputs(results)
         write_load(job.output.dir, self.records, self.model, self.layout.dp)
         if job.run.routing_statistics:
@@ -295,6 +296,14 @@ class Session:
             self.say(f"{len(failed)} of {len(requests)} requests did not run: their rows in {path} say why")
         self.say(f"outputs in {path}, report in {report_path}" + (f", trace in {job.output.trace}" if job.output.trace else ""))
         return EXIT_OK
+
+    def _predict(self, report: dict) -> None:
+        """Adds what the simulator says of this run, where a cluster file is named."""
+        found = predicting.predict(self, report)
+        if found:
+            report["predicted"] = found
+            for warning in found["warnings"]:
+                self.say(f"warning: {warning}")
 
     def _write_outputs(self, results: list[Result]):
         """outputs.jsonl; where it cannot be written after all, hours of work are saved in a folder for temporary files."""

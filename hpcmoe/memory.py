@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from pathlib import Path
@@ -66,3 +67,20 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+KEPT_BYTES, MAPPED_BYTES = 128 << 20, 32 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def keep_freed() -> bool:
+    """Has the C library keep memory that is freed, for the next array, instead of giving it back to the system at once; whether it does.
+
+    Arrays of a step are as large in the next one, and to get their pages anew costs more than the arithmetic on them: attention's
+    scores and copies of some 100 KiB each doubled its time. glibc alone; larger arrays than MAPPED_BYTES are given back as before. Where
+    the environment sets these (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) it is left alone.
+    """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from hpcmoe import placing
+from hpcmoe import placing, predicting
 from hpcmoe.compute.step import Work
 from hpcmoe.config import JobConfig, ModelConfig
 from hpcmoe.data.outputs import write_outputs
@@ -42,6 +42,8 @@ class Prepared:
 def prepare(job: JobConfig, ranks: int) -> Prepared:
     """Reads and checks a job for so many ranks. Raises UserError."""
     check_folder(job.output.dir)
+    if job.run.cluster:
+        predicting.read(job.run.cluster)
     if job.output.trace:
         check_folder(os.path.dirname(job.output.trace) or ".")
     with WeightsFile(job.weights.file) as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = [["run"], ["schedule", "show"], ["weights", "convert"], ["weights", "inspect"], ["weights", "verify"],
-            ["weights", "create"], ["report"], ["doctor"], ["place"], ["balance"], ["calibrate"]]
+            ["weights", "create"], ["report"], ["doctor"], ["place"], ["balance"], ["calibrate"], ["simulate"], ["plan"]]
 
 
 def hpcmoe(*arguments, **more):

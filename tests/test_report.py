@@ -21,6 +21,7 @@ from hpcmoe.report.expert_load import expert_load
 from hpcmoe.files import replacing
 from hpcmoe.report.metrics import metrics, prefill_and_decode_s
 from hpcmoe.report.reading import read_report
+from hpcmoe.report.predicted import predicted
 from hpcmoe.report.record import KINDS, MOVES, RankRecord, Rebalancing, RequestTimes, Seated, StepRow
 
 DOCS = Path(__file__).parent.parent / "docs" / "report.md"
@@ -625,15 +626,37 @@ def test_a_rebalancing_beside_what_came_of_it():
     assert late["heaviest_over_mean_before"] == pytest.approx(4 / 2.5)
 
 
-def test_docs_list_every_figure():
+def predicted_report() -> dict:
+    """A report with a prediction of it: twice as quick."""
     report = metrics(rebalanced(), REBALANCED)
+    twice = copy.deepcopy(report)
+    for section, names in (("throughput", ("elapsed_s",)), ("latency", ("ttft_mean_ms", "tpot_mean_ms"))):
+        twice[section] |= {name: twice[section][name] / 2 for name in names if twice[section][name]}
+    about = {"cluster": "pretend", "cluster_file": "c.toml", "calibration": "a core", "warnings": ["of another machine: X"], "reason": None}
+    return report | {"predicted": about | predicted(report, twice)}
+
+
+def test_a_prediction_stands_beside_what_was_measured():
+    report = predicted_report()
+    found = report["predicted"]
+    assert found["over_measured"]["elapsed_s"] == 0.5 and found["over_measured"]["output_tokens_per_s"] == 1.0
+    assert found["over_measured"]["phases"]["expert"] == {"mean_s": 1.0} and "send" not in found["phases"]
+    text = " ".join(table.render(report).split())
+    assert f"elapsed, s {table.number(found['elapsed_s'])} {table.number(report['elapsed_time'])} 0.5000" in text
+    assert "on pretend; of another machine: X" in text
+    none = table.render(report | {"predicted": {"cluster_file": "c.toml", "warnings": [], "reason": "c.toml: cannot be read"}})
+    assert "c.toml: cannot be read" in none and "Predicted" not in table.render(metrics(two_ranks(), FACTS))
+
+
+def test_docs_list_every_figure():
+    report = predicted_report()
     assert not undocumented(report)
     assert undocumented(report | {"new_s": 1.0}) == {"new_s"}
 
 
 def test_docs_list_nothing_else():
     """Names in the first column of the docs' tables are in a report."""
-    names = {name for path, _ in leaves(metrics(rebalanced(), REBALANCED)) for name in path}
+    names = {name for path, _ in leaves(predicted_report()) for name in path}
     for line in DOCS.read_text().splitlines():
         if line.startswith("| `"):
             for name in re.findall(r"`([a-z0-9_]+)`", line.split("|")[1]):

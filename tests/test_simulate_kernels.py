@@ -212,8 +212,14 @@ def test_fit_commands_refuse_what_they_cannot_do(tmp_path):
 
 
 def test_measuring_this_core(tmp_path, monkeypatch, capsys):
-    """Few shapes: the file can be read, names the machine, and its errors are those of its own numbers."""
+    """Few shapes: the file can be read, names the machine and its processor, and its errors are those of its own numbers."""
+    from hpcmoe.calibrate import ops
     from hpcmoe.cluster import measure
+    from hpcmoe.config import AttentionConfig, ExpertConfig, ModelConfig, RouterConfig
+    from hpcmoe.doctor import processor
+    monkeypatch.setattr(ops, "MODELS", (ModelConfig("mixtral", 64, 32, 2, AttentionConfig(2, 2, 16), RouterConfig(4, 2), ExpertConfig(24), 128),))
+    monkeypatch.setattr(ops, "STEPS", ((1, 8, 1), (4, 8, 1), (2, 0, 8)))
+    monkeypatch.setattr(ops, "PLAN_ROWS", (1, 2))
     monkeypatch.setattr(measure, "SHAPES", ((256, 192), (512, 512)))
     monkeypatch.setattr(measure, "HELD_OUT", ((384, 256),))
     monkeypatch.setattr(measure, "ROWS", (1, 4, 16, 64, 128))
@@ -224,6 +230,9 @@ def test_measuring_this_core(tmp_path, monkeypatch, capsys):
     assert made.machine == "this one" and "numpy" in made.source and made.attention.chunk_part == 1
     printed = capsys.readouterr().out
     assert "products, held out   5 rows" in printed and "attention, held out  3 rows" in printed
+    assert "op expert            3 rows" in printed and "op draw              2 rows" in printed
+    assert made.processor == processor() and made.calls.plan_rows == 0  # NumPy plans nothing
+    assert all(0 < us < 1e5 for us in (made.calls.gate_us, made.calls.draw_us, made.calls.step_us, made.calls.op_us, made.calls.counts_us))
     x, w = np.ones((128, 512), np.float32), np.ones((512, 512), np.float32)
     took = measure.least_s(lambda: x @ w)
     assert 0.2 * took < float(made.gemm_s(128, 512, 512)) < 5 * took  # of the order of a product here

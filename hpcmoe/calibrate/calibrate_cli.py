@@ -11,6 +11,8 @@ EXAMPLES = """examples:
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 hpcmoe calibrate measure --output mine.toml
   hpcmoe calibrate measure --gpu --output h200.toml --raw h200.json
   hpcmoe calibrate fit-gpu h200.json --output h200.toml --base inputs/calibrations/h200_sxm.toml
+  mpiexec -n 2 hpcmoe calibrate links --calibration mine.toml --output here.toml
+  hpcmoe calibrate compare inputs/comparisons/demo.toml --cluster here.toml
   hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
   hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
   hpcmoe calibrate check inputs/calibrations/h100_sxm.toml --table h100_sxm_gemm_bf16.csv --hold-out 5120,14336,3584
@@ -46,6 +48,24 @@ def add_parser(subparsers) -> None:
     fitted.set_defaults(handler=_fit_gpu)
     for one in (measured, fitted):
         one.add_argument("--base", default="", metavar="FILE", help="a GPU's calibration file: its numbers stand for what was not measured")
+    here = commands.add_parser("links", help="measure exchanges and shared cores of the ranks of this job, and write a cluster file",
+                               description="Under mpiexec: measures what exchanges and waiting take between the ranks of a node, what its cores carry "
+                               "together, and what links between nodes do, in some seconds, and writes a cluster file that names a calibration.")
+    here.add_argument("--calibration", required=True, metavar="FILE", help="kernels of a rank here, from calibrate measure; the cluster file names it")
+    here.add_argument("--output", required=True, metavar="FILE", help="the cluster file")
+    here.add_argument("--ranks-per-node", type=int, default=16, metavar="N", help="most ranks of a job on a node (default 16)")
+    here.add_argument("--name", default="this machine", metavar="NAME", help="of the cluster (default: this machine)")
+    here.set_defaults(handler=_links)
+    compare = commands.add_parser("compare", help="real runs on this machine beside what the simulator predicts of them",
+                                  description="Runs every setting of a comparison file, on one rank or under mpiexec, and prints tokens/s, TPOT and "
+                                  "phases beside the prediction that each run's report carries.")
+    compare.add_argument("comparison", help="a comparison file (inputs/comparisons/*.toml)")
+    compare.add_argument("--cluster", required=True, metavar="FILE", help="this machine's cluster file, from calibrate links")
+    compare.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each setting, by turns; the one in the middle counts (default 3)")
+    compare.add_argument("--only", default="", metavar="TEXT", help="only settings whose name contains this text")
+    compare.add_argument("--mpiexec", default="", metavar="COMMAND", help="launcher (default: the one beside this Python, or on the path)")
+    compare.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    compare.set_defaults(handler=_compare)
     gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
                                description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
                                "on rows held out.")
@@ -96,18 +116,36 @@ def _measure(args) -> int:
     import datetime
     import os
 
+    from dataclasses import replace
+
+    from hpcmoe import launch
+    from hpcmoe.calibrate import ops
+    from hpcmoe.calibrate.engine import measure_engine
     from hpcmoe.cluster import measure
-    from hpcmoe.cluster.kernels import calibration_toml
-    from hpcmoe.doctor import cpu
+    from hpcmoe.cluster.kernels import CallsModel, calibration_toml
+    from hpcmoe.doctor import processor
     from hpcmoe.files import replacing
-    machine = args.machine or f"one core of {cpu()[0]}"
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+    machine = args.machine or f"one core of {processor()}"
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     source = f"hpcmoe calibrate measure, {datetime.date.today().isoformat()}, {load}"
-    found = measure.measure(machine, source, args.backend, args.dtype or "fp32", lambda text: print(text, flush=True))
+    dtype = args.dtype or "fp32"
+    found = measure.measure(machine, source, args.backend, dtype, tell)
+    timed = ops.measure_ops(args.backend, dtype, tell)
+    plan_us, expert_plan_us, plan_rows = ops.measure_plans(args.backend, dtype)
+    calls = ops.fit_calls(found.calibration, timed, CallsModel(plan_us=plan_us, expert_plan_us=expert_plan_us, plan_rows=plan_rows))
+    engine = measure_engine(launch.start_mpi().COMM_SELF, replace(found.calibration, calls=calls), args.backend, dtype)
+    rounded = {name: float(f"{value:.4g}") for name, value in {**vars(calls), **engine._asdict()}.items()}
+    calls = CallsModel(**{**rounded, "plan_rows": plan_rows})
+    tell(f"the engine: {calls.op_us:g} us of any op; {calls.plan_us:g} us of a product's first time with a number of rows, {calls.expert_plan_us:g} of an expert's")
+    made = replace(found.calibration, calls=calls, processor=processor())
+    found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
     width = max(map(len, found.errors))
     errors = [f"{title:<{width}}  {error}" for title, error in found.errors.items()]
     with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
-        file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(found.calibration))
+        file.write("".join(f"# {line}\n" for line in errors) + calibration_toml(made))
     print("\n".join(errors) + f"\ncalibration in {args.output}")
     return EXIT_OK
 
@@ -139,6 +177,51 @@ def _fit_gpu(args) -> int:
         print(f"{title:<28}  {words}")
     print(f"calibration in {args.output}")
     return EXIT_FAILED if found.missing else EXIT_OK
+
+
+def _links(args) -> int:
+    from hpcmoe import launch
+    comm = launch.start_mpi().COMM_WORLD
+    from hpcmoe.calibrate.links import measure_links
+    from hpcmoe.parallel.watched import Watched
+    from hpcmoe.parallel.world import on_root
+    watched = Watched(comm)
+    calibration = on_root(watched, _check_links, args)
+    found = measure_links(watched, calibration, print if comm.rank == 0 else lambda text: None)
+    on_root(watched, _write_links, args, found, watched)
+    return EXIT_OK
+
+
+def _check_links(args):
+    """The calibration."""
+    from hpcmoe.cluster.kernels import read_calibration
+    if args.ranks_per_node < 1:
+        raise UserError(f"--ranks-per-node {args.ranks_per_node}: expected a number >= 1")
+    return read_calibration(args.calibration)
+
+
+def _write_links(args, found, comm) -> None:
+    import datetime
+    import os
+
+    from hpcmoe import memory
+    from hpcmoe.calibrate.links import cluster_toml
+    from hpcmoe.cluster.kernels import read_calibration
+    from hpcmoe.files import replacing
+    gemm = read_calibration(args.calibration).gemm
+    beside = os.path.relpath(os.path.abspath(args.calibration), os.path.dirname(os.path.abspath(args.output)))
+    load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    source = f"hpcmoe calibrate links on {comm.size} ranks, {datetime.date.today().isoformat()}, {load}"
+    text = cluster_toml(found, args.name, 1, args.ranks_per_node, memory.available() / args.ranks_per_node / 2**30,
+                        gemm.units * gemm.unit_gflop_per_s / 1e3, beside, source)
+    with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"cluster file in {args.output}")
+
+
+def _compare(args) -> int:
+    from hpcmoe.calibrate import compare
+    return compare.run(args)
 
 
 def _fit_gemm(args) -> int:

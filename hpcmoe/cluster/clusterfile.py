@@ -73,9 +73,21 @@ class SwitchTable:
 
 @dataclass(frozen=True)
 class MpiTable:
-    """message_us: host time per message, on the sender and on the receiver."""
+    """message_us: host time per message, on the sender and on the receiver; exchange_us: of an exchange besides its messages."""
 
     message_us: float
+    exchange_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class CoresTable:
+    """Of a node whose ranks are CPU cores: per_node: how many there are; together: how much they carry all at once, in cores that
+    are alone (less than per_node where they take memory from each other); poll: the part of a core that a rank takes while it
+    waits, where ranks are more than cores."""
+
+    per_node: int
+    together: float
+    poll: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class ClusterFile:
     mpi: MpiTable | None = None
     switch: tuple[SwitchTable, ...] = ()
     calibration: str = ""
+    cores: CoresTable | None = None
 
     @property
     def ranks(self) -> int:
@@ -117,7 +130,7 @@ def read_cluster(path: str | Path, simulate: bool = False) -> ClusterFile:
     """A cluster file; simulate: with all that a simulation needs. Raises UserError naming file, key, value and what was expected."""
     where = str(path)
     found = from_dict(ClusterFile, read_toml(path), where)
-    for name in ("nodes", "rank", "nic", "inside", "mpi"):
+    for name in ("nodes", "rank", "nic", "inside", "mpi", "cores"):
         if getattr(found, name) is not None:
             _check_numbers(where, name, vars(getattr(found, name)))
     for i, level in enumerate(found.switch):
@@ -135,11 +148,11 @@ def _check_numbers(where: str, table: str, values: dict) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        low = name.endswith("_us")
+        low = name.endswith("_us") or name == "poll"
         if not (0 < value < float("inf") or (low and value == 0)):
             raise at(where, f"{table}.{name}", value, f"a number {'>=' if low else '>'} 0")
-        if name == "efficiency" and value > 1:
-            raise at(where, f"{table}.{name}", value, "a part: above 0, at most 1")
+        if name in ("efficiency", "poll") and value > 1:
+            raise at(where, f"{table}.{name}", value, f"a part: {'at least' if low else 'above'} 0, at most 1")
 
 
 def _check_shape(where: str, c: ClusterFile) -> None:
@@ -154,6 +167,8 @@ def _check_shape(where: str, c: ClusterFile) -> None:
                  "adapters evenly (a rank with several: one with their bandwidth)")
     if c.inside and c.nodes.ranks_per_node > 1 and c.inside.rank_gb_per_s is None and c.inside.node_gb_per_s is None:
         raise UserError(f"{where}: inside has neither rank_gb_per_s nor node_gb_per_s: ranks of a node need a link")
+    if c.cores and c.cores.together > c.cores.per_node:
+        raise at(where, "cores.together", c.cores.together, f"at most cores.per_node = {c.cores.per_node}")
     below = 1
     for i, level in enumerate(c.switch):
         if (level.uplink_gb_per_s is None) == (level.oversubscription is None):

@@ -73,6 +73,43 @@ class CopyModel:
 
 
 @dataclass(frozen=True)
+class CallsModel:
+    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. All 0 for a GPU.
+
+    KIND_us: of an op, KIND_row_us: of each of its rows; expert_one_us: of each expert that has rows; draw_us, draw_ns: of an op that
+    draws tokens, and of each such row and entry of the vocabulary; step_us, step_row_us: of putting a step together, and of each
+    sequence in it; plan_us, expert_plan_us: of a product, and of an expert, on a number of rows that it has not had before, where
+    plan_rows are the most of one call (0: no limit). Of the engine: op_us of every op, counts_us of COUNTS, move_us of DISPATCH and of COMBINE besides.
+    """
+
+    begin_us: float = 0.0
+    begin_row_us: float = 0.0
+    attend_us: float = 0.0
+    attend_row_us: float = 0.0
+    gate_us: float = 0.0
+    gate_row_us: float = 0.0
+    dispatch_us: float = 0.0
+    dispatch_row_us: float = 0.0
+    expert_us: float = 0.0
+    expert_one_us: float = 0.0
+    expert_row_us: float = 0.0
+    merge_us: float = 0.0
+    merge_row_us: float = 0.0
+    sample_us: float = 0.0
+    sample_row_us: float = 0.0
+    draw_us: float = 0.0
+    draw_ns: float = 0.0
+    step_us: float = 0.0
+    step_row_us: float = 0.0
+    plan_us: float = 0.0
+    expert_plan_us: float = 0.0
+    plan_rows: int = 0
+    op_us: float = 0.0
+    counts_us: float = 0.0
+    move_us: float = 0.0
+
+
+@dataclass(frozen=True)
 class Calibration:
     """A calibration file: kernels of one rank of the machine `machine`; source: where the numbers come from; copies: where a device
     has a memory of its own and they are known; processor: the rank's, in its own words ("": not known)."""
@@ -84,6 +121,7 @@ class Calibration:
     elementwise: ElementwiseModel
     host: HostModel
     copies: CopyModel | None = None
+    calls: CallsModel = CallsModel()
     processor: str = ""
 
     def gemm_s(self, m, n, k) -> np.ndarray:
@@ -193,7 +231,8 @@ def same_kind(a: str, b: str) -> bool:
     return a == b or "" != kind_of(a) == kind_of(b)
 
 
-MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "extra_keys", "ramp_us", "graph_us", "op_us"}
+MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "extra_keys",
+               "ramp_us", "graph_us", *vars(CallsModel())}
 
 
 def _check_positive(values: dict, where: str, prefix: str = "") -> None:
@@ -218,7 +257,7 @@ def gemm_toml(model: GemmModel) -> str:
 
 def calibration_toml(c: Calibration) -> str:
     """A calibration file's text."""
-    tables = [table_toml(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host", "copies") if getattr(c, name)]
+    tables = [table_toml(name, vars(getattr(c, name))) for name in ("attention", "elementwise", "host", "calls", "copies") if getattr(c, name)]
     heads = "".join(f"{name} = {json.dumps(getattr(c, name))}\n" for name in ("machine", "source", "processor"))
     return f"{heads}\n{gemm_toml(c.gemm)}\n" + "\n".join(tables)
 

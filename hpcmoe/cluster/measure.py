@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from hpcmoe import linear
+from hpcmoe import linear, memory
 from hpcmoe.cluster.fit import FitError, least_squares
 from hpcmoe.cluster.gemm import GemmModel
 from hpcmoe.cluster.gemm_fit import Chip, Products, error, fit
@@ -147,6 +147,7 @@ class Measured(NamedTuple):
 
 def measure(machine: str, source: str, backend_name: str, dtype: str, tell: Callable[[str], None]) -> Measured:
     """Measures and fits, in about half a minute on a free core. UserError where products use several threads."""
+    memory.keep_freed()  # as a run does
     backend = linear.choose(backend_name, dtype)
     if backend.threads != 1:
         raise UserError(f"products use {backend.threads} threads: what one core takes is measured; expected OMP_NUM_THREADS=1 and "

@@ -5,7 +5,7 @@ One between nodes crosses the sender's way to its adapter, the adapter, the node
 switches on which the two nodes are apart the uplink of the sender's switch and the downlink of the receiver's, and
 the receiver's adapter and way. An exchange on its own takes
 
-    host time per message * (messages of the busiest rank) + latency + max over links of bytes / bandwidth
+    host time of an exchange + host time per message * (messages of the busiest rank) + latency + max over links of bytes / bandwidth
 
 (the max-link-load closed form; Alexandrov et al., LogGP, SPAA 1995, for the first two terms). Exchanges that overlap
 share links: fair.py.
@@ -194,7 +194,8 @@ class Network:
         return max(inside, outside) * 1e-6
 
     def _host_s(self, messages: float) -> float:
-        return float(messages) * (self.cluster.mpi.message_us if self.cluster.mpi else 0.0) * 1e-6
+        mpi = self.cluster.mpi
+        return (mpi.exchange_us + float(messages) * mpi.message_us) * 1e-6 if mpi else 0.0
 
     def busiest(self, load_l: np.ndarray) -> Busiest:
         """The link that takes longest for its bytes; Busiest("none", 0, 0, 0) where there is nothing to move."""

@@ -32,6 +32,7 @@ class Host:
     """The CPU as a machine for a rank's share: loads weights, says what fits, computes."""
 
     def __init__(self, weights: WeightsJob):
+        memory.keep_freed()
         self.device, self.backend = Device(), linear.choose(weights.backend, weights.dtype)
         self.dtype, self.threads, self.words = self.backend.dtype, self.backend.threads, "CPU"
 

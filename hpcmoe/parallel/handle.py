@@ -12,6 +12,7 @@ from mpi4py import MPI
 from hpcmoe.device import Event
 from hpcmoe.doing import HERE
 from hpcmoe.errors import Stalled
+from hpcmoe.parallel.polling import YIELDS, pause_s
 
 READY = Event()
 
@@ -135,8 +136,7 @@ class Waiter:
             for other in others:
                 other.test()
             if self.crowded:
-                # A poll of many ranks over a network costs system calls: the longer the wait, the rarer.
-                os.sched_yield() if polls < 20 else time.sleep(min(max(0.0002, (time.monotonic() - start) / 100), 0.005))
+                os.sched_yield() if polls < YIELDS else time.sleep(pause_s(time.monotonic() - start))
             elif polls % 64 == 0:
                 os.sched_yield()
             if polls % 256 == 0 and time.monotonic() - start > self.limit_s:

@@ -1,8 +1,9 @@
-"""Pictures: a trace over time, and a pipeline grid. Needs matplotlib, the extra [plot]."""
+"""Pictures: a trace over time, a pipeline grid, points and lines, maps. Needs matplotlib, the extra [plot]."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple, Sequence
 
 from hpcmoe.errors import UserError, at
 from hpcmoe.files import replacing
@@ -80,6 +81,28 @@ def plot_grid(schedule_cells: list[tuple], path: str | Path) -> Path:
     return _save(figure, path)
 
 
+def check() -> None:
+    """UserError where no picture can be made: better before long work than after."""
+    _figure(1, 1)
+
+
+def plot_front(points: list[tuple[float, float]], front: list[tuple[float, float]], marks: list[tuple[str, float, float]], limit_ms: float | None,
+               path: str | Path) -> Path:
+    """Candidates of a plan as (TPOT in ms, tokens/s per rank): all points, the front as a line, some with a name (name, ms, tokens/s), and the
+    limit of TPOT. Both axes are logarithmic. Errors as plot_trace."""
+    figure, axes = _figure(7, 4.5)
+    axes.loglog(*zip(*points), ".", color="#969696", label="simulated")
+    axes.loglog(*zip(*front), "o-", color=COLOURS["COMBINE"], markersize=4, label="no other beats these")
+    for (name, ms, rate), colour in zip(marks, (COLOURS["EXPERT"], COLOURS["ATTEND"])):
+        axes.loglog([ms], [rate], "D", color=colour, label=name)
+    if limit_ms is not None:
+        axes.axvline(limit_ms, color="black", linewidth=0.8, linestyle="--", label="limit of TPOT")
+    axes.set_xlabel("TPOT, ms")
+    axes.set_ylabel("output tokens/s per rank")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
 def _bars(spans: list[Span]) -> dict[str, list[tuple[float, float]]]:
     """(start, length) in ms by colour; touching bars of a colour are joined to keep files small."""
     looks = {}
@@ -92,6 +115,11 @@ def _bars(spans: list[Span]) -> dict[str, list[tuple[float, float]]]:
         else:
             bars.append((start, end - start))
     return looks
+
+
+def check_plots() -> None:
+    """Raises UserError where matplotlib is absent: better before long work than after."""
+    _figure(1, 1)
 
 
 def _figure(width: float, height: float):
@@ -128,3 +156,66 @@ def _save(figure, path: str | Path) -> Path:
             except ValueError as error:
                 raise UserError(f"{path}: cannot write the picture: {error}") from error
     return path
+
+
+# ---------------------------------------------------------------- figures of any kind
+class Series(NamedTuple):
+    """Points of one name; marker and line as matplotlib has them ("" for none)."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    marker: str = "o"
+    line: str = "-"
+
+
+def plot_series(series: list[Series], labels: tuple[str, str], path: str | Path, logarithmic: str = "") -> Path:
+    """Series over common axes; labels: of x and y; logarithmic: "", "x", "y" or "xy" (ticks at the points, powers of two). Errors as plot_trace."""
+    figure, axes = _figure(7, 4.2)
+    for one in series:
+        axes.plot(one.x, one.y, marker=one.marker or None, linestyle=one.line or "none", label=one.name)
+    for axis in logarithmic:
+        getattr(axes, f"set_{axis}scale")("log", base=2)
+        getattr(axes, f"{axis}axis").set_major_formatter("{x:g}")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+class Panel(NamedTuple):
+    """A map: winner_yx numbers one of the names (-1: none), text_yx is written into its cell."""
+
+    title: str
+    winner_yx: Sequence[Sequence[int]]
+    text_yx: Sequence[Sequence[str]]
+
+
+PALE = ("#fdae61", "#fee08b", "#c6dbef", "#9ecae1", "#bcbddc", "#d9d9d9", "#a6d96a", "#fcc5c0")
+
+
+def plot_maps(panels: list[Panel], names: list[str], x: list[str], y: list[str], labels: tuple[str, str], path: str | Path) -> Path:
+    """Maps beside each other over common axes, coloured by winner. Raises ValueError for more names than colours; other errors as plot_trace."""
+    if len(names) > len(PALE):
+        raise ValueError(f"{len(names)} names: at most {len(PALE)} have a colour")
+    figure, first = _figure(1.0 + len(panels) * (0.6 * len(x) + 0.5), 0.42 * len(y) + 1.8)
+    first.remove()
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for j, row in enumerate(panel.winner_yx):
+            for i, winner in enumerate(row):
+                axes.broken_barh([(i - 0.5, 1)], (j - 0.5, 1), facecolors=PALE[winner] if winner >= 0 else "white", linewidth=0)
+                axes.text(i, j, panel.text_yx[j][i], ha="center", va="center", fontsize=7)
+        axes.set_xlim(-0.5, len(x) - 0.5)
+        axes.set_ylim(-0.5, len(y) - 0.5)
+        axes.set_xticks(range(len(x)), x, fontsize=7)
+        axes.set_yticks(range(len(y)), y if not number else [""] * len(y), fontsize=7)
+        axes.set_xlabel(labels[0], fontsize=8)
+        axes.set_title(panel.title, fontsize=9)
+        if not number:
+            axes.set_ylabel(labels[1], fontsize=8)
+            from matplotlib.patches import Patch
+            figure.legend(handles=[Patch(color=PALE[i], label=name) for i, name in enumerate(names)], ncols=3, loc="outside upper center",
+                          frameon=False, fontsize=8)
+    return _save(figure, path)

@@ -81,7 +81,7 @@ def render(report: dict, width: int = WIDTH) -> str:
     """The report as text: sections, aligned columns, units; at most about 60 lines."""
     sections = [_run(report, width), _throughput(report), _replicas(report), _latency(report),
                 _phases(report, width), _traffic(report), _expert_load(report), _capacity(report), _placement(report), _rebalancing(report),
-                _memory(report, width)]
+                _memory(report, width), _predicted(report, width)]
     rule = "=" * min(width, WIDTH)
     body = "\n\n".join("\n".join(lines) for lines in sections if lines)
     return f"{rule}\n{body}\n{rule}"
@@ -290,3 +290,19 @@ def _plain(value):
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"a report cannot hold {type(value).__name__}: {value!r}")
+
+
+def _predicted(report: dict, width: int) -> list[str]:
+    """What the simulator said, beside what was measured."""
+    p = report.get("predicted")
+    if not isinstance(p, dict):
+        return []
+    lines = note("; ".join([f"on {words(p.get('cluster', p.get('cluster_file')))}", *map(words, p.get("warnings", []))]), width)
+    if p.get("reason"):
+        return ["Predicted", *lines, *note(words(p["reason"]), width)]
+    ratios, figures = p["over_measured"], report["throughput"] | report["latency"]
+    rows = [(title, number(p[name]), number(figures[name]), number(ratios[name])) for title, name in (
+        ("elapsed, s", "elapsed_s"), ("output tokens/s", "output_tokens_per_s"), ("TTFT, ms", "ttft_mean_ms"), ("TPOT, ms", "tpot_mean_ms"))]
+    rows += [(f"{name}, s", number(phase["mean_s"]), number(report["phases"][name]["mean_s"]), number(ratios["phases"][name]["mean_s"]))
+             for name, phase in p.get("phases", {}).items()]
+    return columns("Predicted", ["predicted", "measured", "ratio"], rows) + lines

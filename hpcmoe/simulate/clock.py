@@ -5,6 +5,9 @@ posts is ready when its host, and the device's work that made it, are done. An e
 its bytes share links with whatever else is on its way (cluster/fair.py), and it is over one latency after its last byte. As in the
 engine an op is posted where it stands and awaited where it is needed.
 
+Ranks that share the cores of a node are crews of one each: what they do is a job on these cores (cores.py), and takes as long as its
+share of them says; where they are more than the cores, a rank that waits looks only now and then (parallel/polling.py).
+
 Nothing comes too late: crews run until each waits for an exchange that is not over; the earliest begin or end among exchanges
 is then the next thing to happen anywhere, since whatever is posted from now on is posted after it.
 """
@@ -12,14 +15,17 @@ is then the next thing to happen anywhere, since whatever is posted from now on 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
-from typing import Callable, Hashable, NamedTuple
+from typing import Callable, Hashable, NamedTuple, Sequence
 
 import numpy as np
 
 from hpcmoe.cluster.fair import Wire
 from hpcmoe.parallel.ops import Op, Step
+from hpcmoe.parallel.polling import woken_s
 from hpcmoe.parallel.schedule import Role
+from hpcmoe.simulate.cores import Cores
 
 
 class Leg(NamedTuple):
@@ -65,12 +71,16 @@ class Crew:
     """The ranks of one role. group: of replicas that are alike; program: the role's steps; doing(round, op): what an op is.
 
     busy_s, wait_s, post_s, device_s: by kind, arrays over the ranks. begun: when (round, op) began, for the ops in `watched`.
+    weight_r: for how many rounds like it each round stands, where others are left out (None: for itself). All times but `now` and those of
+    stretches are then as if none were: left_out_s of them have not passed. node: whose cores its only rank shares (None: every rank has its own).
     """
 
     def __init__(self, group: int, role: Role, ranks: int, program: tuple[Step, ...], rounds: int, doing: Callable[[int, Op], Doing],
-                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset()):
+                 sync_s: float = 0.0, trace: bool = False, watched: frozenset[Op] = frozenset(), weight_r: Sequence[float] | None = None,
+                 node: int | None = None):
         self.group, self.role, self.program, self.rounds, self.doing = group, role, program, rounds, doing
-        self.sync_s, self.trace, self.watched = sync_s, trace, watched
+        self.sync_s, self.trace, self.watched, self.node = sync_s, trace, watched, node
+        self.job: tuple[Op, Doing, np.ndarray] | None = None  # on shared cores: what it is at, and since when
         self.now, self.device = np.zeros(ranks), np.zeros(ranks)
         self.made: dict[int, np.ndarray] = {}  # by micro-batch: when the device's last work on it is done
         self.round = self.at = self.need = 0
@@ -78,8 +88,17 @@ class Crew:
         self.busy_s, self.wait_s, self.post_s, self.device_s = ({} for _ in range(4))
         self.stretches: list[Stretch] = []
         self.begun: dict[tuple[int, Op], np.ndarray] = {}
+        self.weight_r, self.round_s, self.left_out_s = weight_r, 0.0, 0.0
+
+    def next_round(self) -> None:
+        if self.weight_r is not None:
+            self.left_out_s = self.left_out_s + (self.weight_r[self.round] - 1) * (self.now - self.round_s)
+            self.round_s = self.now
+        self.round, self.at = self.round + 1, 0
 
     def _add(self, table: dict, kind: str, seconds) -> None:
+        if self.weight_r is not None and self.round < self.rounds:
+            seconds = seconds * self.weight_r[self.round]
         table[kind] = table.get(kind, 0.0) + seconds
 
     def _note(self, op: Op, start, end, wait: bool, device: bool = False) -> None:
@@ -88,16 +107,32 @@ class Crew:
         if self.trace:
             self.stretches.append(Stretch(op, self.round, start, end, wait, device))
 
+    @classmethod
+    def joined(cls, crews: list[Crew]) -> Crew:
+        """Crews of one rank each, which have run the same program, as one."""
+        first = crews[0]
+        made = cls(first.group, first.role, len(crews), first.program, first.rounds, first.doing, first.sync_s, first.trace, first.watched,
+                   first.weight_r)
+        made.now, made.round = np.concatenate([crew.now for crew in crews]), first.round
+        made.left_out_s = np.concatenate([np.broadcast_to(crew.left_out_s, 1) for crew in crews])
+        for name in ("busy_s", "wait_s", "post_s", "device_s", "begun"):
+            tables = [getattr(crew, name) for crew in crews]
+            setattr(made, name, {key: np.concatenate([np.broadcast_to(table.get(key, 0.0), 1) for table in tables])
+                                 for key in dict.fromkeys(key for table in tables for key in table)})
+        made.stretches = [parts[0]._replace(start_s=np.concatenate([p.start_s for p in parts]), end_s=np.concatenate([p.end_s for p in parts]))
+                          for parts in zip(*(crew.stretches for crew in crews))]
+        return made
+
 
 class Clock:
-    """All crews and the wire between them. bandwidth_l: bytes/s of every link."""
+    """All crews, the wire between them, and the cores that they share, if they do. bandwidth_l: bytes/s of every link."""
 
-    def __init__(self, crews: list[Crew], bandwidth_l: np.ndarray):
-        self.crews, self.wire = crews, Wire(bandwidth_l)
+    def __init__(self, crews: list[Crew], bandwidth_l: np.ndarray, cores: Cores | None = None):
+        self.crews, self.wire, self.cores = crews, Wire(bandwidth_l), cores or Cores([])
         self.posts: dict[Hashable, tuple[int, float]] = {}  # of exchanges that not all have posted: how many have, when the last did
         self.over_s: dict[Hashable, float] = {}
         self.legs: dict[Hashable, tuple[Leg, ...]] = {}  # of exchanges on their way, those that are left
-        self.starting: list[tuple[float, int, Hashable]] = []
+        self.starting: list[tuple[float, int, Hashable]] = []  # exchanges, and crews with a job
         self.waiting: dict[Hashable, list[Crew]] = {}
         self.runnable = deque(crews)
         self.number = 0
@@ -121,10 +156,11 @@ class Clock:
                 if not self._await(crew, step.needs[crew.need]):
                     return
                 crew.need += 1
-            self._do(crew, step.op)
-            crew.need, crew.at = 0, crew.at + 1
-            if crew.at == len(crew.program):
-                crew.round, crew.at = crew.round + 1, 0
+            if crew.node is not None:
+                self._begin_job(crew, step.op)
+                return
+            doing = crew.doing(crew.round, step.op)
+            self._done(crew, step.op, doing, crew.now, crew.now + (doing.host_s + doing.post_s))
         while crew.pending:
             if not self._await(crew, next(iter(crew.pending))):
                 return
@@ -142,16 +178,22 @@ class Clock:
             ready = self.over_s[key]
         del crew.pending[need]
         end = np.maximum(crew.now, ready)
+        if crew.node is not None and self.cores.machines[crew.node].crowded:
+            end = np.array([woken_s(float(crew.now[0]), float(end[0]))])
         crew._note(need, crew.now, end, True)
         crew.now = end
         return True
 
-    def _do(self, crew: Crew, op: Op) -> None:
-        doing = crew.doing(crew.round, op)
-        start = crew.now
+    def _begin_job(self, crew: Crew, op: Op) -> None:
+        """An op on shared cores: it ends when these have had the time for it."""
+        crew.job = op, crew.doing(crew.round, op), crew.now
+        self.number += 1
+        heapq.heappush(self.starting, (float(crew.now[0]), self.number, crew))
+
+    def _done(self, crew: Crew, op: Op, doing: Doing, start: np.ndarray, end: np.ndarray) -> None:
+        """An op is done by its host; the crew goes on to the next one."""
         if op in crew.watched:
-            crew.begun[crew.round, op] = start
-        end = start + (doing.host_s + doing.post_s)
+            crew.begun[crew.round, op] = start + crew.left_out_s
         crew._note(op, start, end, False)
         if doing.post_s:
             crew._add(crew.post_s, op.kind, doing.post_s)
@@ -168,6 +210,9 @@ class Clock:
                 self._post(doing.flight, float(ready.max()))
         elif doing.waits_on is not None:
             crew.pending[op] = (doing.waits_on, None)
+        crew.need, crew.at = 0, crew.at + 1
+        if crew.at == len(crew.program):
+            crew.next_round()
 
     # ------------------------------------------------------------ exchanges
     def _post(self, flight: Flight, ready: float) -> None:
@@ -193,17 +238,26 @@ class Clock:
         self.runnable.extend(self.waiting.pop(key, []))
 
     def _happen(self) -> bool:
-        """The next begin or end of an exchange; False where there is none."""
-        due = self.wire.next_end()
-        if due is not None and (not self.starting or due[0] <= self.starting[0][0]):
+        """The next begin or end of an exchange, or of a job on shared cores; False where there is none."""
+        due, job = self.wire.next_end(), self.cores.next_end()
+        start_s = self.starting[0][0] if self.starting else math.inf
+        if due is not None and due[0] <= min(start_s, job[0] if job else math.inf):
             now, key = due
             self.wire.end(key)
             leg, *self.legs[key] = self.legs[key]
             self._next_leg(key, now + leg.latency_s)
+        elif job is not None and job[0] <= start_s:
+            crew = self.cores.end(*job)
+            self._done(crew, *crew.job, np.array([job[0]]))
+            self.runnable.append(crew)
         elif self.starting:
             now, _, key = heapq.heappop(self.starting)
-            leg = self.legs[key][0]
-            self.wire.start(now, key, leg.load_l, leg.messages)
+            if isinstance(key, Crew):
+                doing = key.job[1]
+                self.cores.start(now, key.node, float(np.ravel(doing.host_s + doing.post_s)[0]), key)
+            else:
+                leg = self.legs[key][0]
+                self.wire.start(now, key, leg.load_l, leg.messages)
         else:
             return False
         return True

@@ -7,6 +7,7 @@ times. One of them is clocked, rank by rank; on the links all of them count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from hpcmoe.simulate.clock import Crew, Doing, Flight
 from hpcmoe.simulate.durations import FP32, Durations, Took
 from hpcmoe.simulate.loads import whole_rows
 from hpcmoe.simulate.nodeways import NodeWays
+from hpcmoe.simulate.ownwork import OwnWork
 from hpcmoe.simulate.ways import Moved, Ways
 from hpcmoe.simulate.workload import Feed, Rows
 
@@ -28,7 +30,8 @@ INT64 = 8
 @dataclass(frozen=True)
 class Setting:
     """What all groups share. share_ls: of each layer's rows the share of each slot; trace: whether spans are kept;
-    hierarchical: the transport, else rows go straight to their experts; expert_ls: the expert in each slot."""
+    hierarchical: the transport, else rows go straight to their experts; expert_ls: the expert in each slot; sharing: whether ranks share the
+    cores of their nodes."""
 
     model: ModelConfig
     layout: Layout
@@ -39,13 +42,17 @@ class Setting:
     trace: bool
     hierarchical: bool
     expert_ls: np.ndarray
+    sharing: bool = False
 
 
 class Group:
-    """number: of the group; leaders_p: the places that lead, by stage; feed_j: the steps of each leader, all of equally many rounds."""
+    """number: of the group; leaders_p: the places that lead, by stage; feed_j: the steps of each leader, all of equally many rounds;
+    weight_r: as Crew's."""
 
-    def __init__(self, number: int, setting: Setting, ways: Ways, leaders_p: list[list[int]], feed_j: list[Feed]):
+    def __init__(self, number: int, setting: Setting, ways: Ways, leaders_p: list[list[int]], feed_j: list[Feed],
+                 weight_r: Sequence[float] | None = None):
         self.number, self.setting, self.ways, self.leaders_p, self.feed_j = number, setting, ways, leaders_p, feed_j
+        self.weight_r = weight_r
         self.rounds = len(feed_j[0].rows_rm)
         self.distinct = list({id(feed): feed for feed in feed_j}.values())
         place = {id(feed): i for i, feed in enumerate(self.distinct)}
@@ -56,9 +63,11 @@ class Group:
         layout, slots = setting.layout, setting.share_ls.shape[1]
         self.slots_r = [share.start for share in (layout.slots_of(place, setting.model.router.experts) for place in range(layout.ep))] + [slots]
         owner_s = layout.owner_of_slot(setting.model.router.experts)
+        self.own_work = OwnWork(self)
         self.node_ways = NodeWays(ways, setting.share_ls, owner_s, setting.model.router.top_k,
                                   lambda nbytes: float(setting.durations.calibration.elementwise_s(nbytes))) if setting.hierarchical else None
         self.crews = {role: self._crew(role) for role in setting.schedule.programs if self.places(role)}
+        self.running = [crew for role, crew in self.crews.items() for crew in (self._alone(role, crew) if setting.sharing else [crew])]
 
     # ------------------------------------------------------------ ranks
     def places(self, role: Role) -> list[int]:
@@ -74,7 +83,20 @@ class Group:
         s, tp = self.setting, self.setting.layout.tp
         watched = frozenset(self.first_op(m) for m in range(s.micros)) if role.stage == 0 and role.leader else frozenset()
         return Crew(self.number, role, len(self.places(role)) * tp, s.schedule.programs[role], self.rounds,
-                    lambda rnd, op: self._doing(role, rnd, op), s.durations.calibration.sync_s if s.durations.gpu else 0.0, s.trace, watched)
+                    lambda rnd, op: self._doing(role, rnd, op), s.durations.calibration.sync_s if s.durations.gpu else 0.0, s.trace, watched,
+                    self.weight_r)
+
+    def _alone(self, role: Role, crew: Crew) -> list[Crew]:
+        """A crew's ranks as crews of their own."""
+        def doing(i: int):
+            return lambda rnd, op: _of_rank(self._once(("doing", role, rnd, op), lambda: self._doing(role, rnd, op)), i)
+        return [Crew(self.number, role, 1, crew.program, self.rounds, doing(i), crew.sync_s, crew.trace, crew.watched,
+                     self.weight_r, int(self.ways.network.node_r[rank])) for i, rank in enumerate(self.ranks(role, self.ways.members[0]))]
+
+    def join(self) -> None:
+        """After the clock has run: `crews` have what their ranks did."""
+        if self.setting.sharing:
+            self.crews = {role: Crew.joined([one for one in self.running if one.role == role]) for role in self.crews}
 
     def first_op(self, m: int) -> Op:
         """Which builds the step of a micro-batch on stage 0."""
@@ -85,7 +107,11 @@ class Group:
         return [feed.rows_rm[rnd][m] for feed in self.feed_j]
 
     def _counts_j(self, rnd: int, m: int) -> tuple[int, ...]:
-        return self._once((rnd, m), lambda: tuple(rows.count for rows in self.rows_j(rnd, m)))
+        return self._once(self._which(rnd, m), lambda: tuple(rows.count for rows in self.rows_j(rnd, m)))
+
+    def _which(self, rnd: int, m: int) -> tuple[int, ...]:
+        """The same for steps whose rows are the same objects, on all leaders."""
+        return tuple(id(feed.rows_rm[rnd][m]) for feed in self.distinct)
 
     def _slot_rows(self, rnd: int, op: Op) -> np.ndarray:
         """Rows that each slot of the layer gets."""
@@ -100,7 +126,9 @@ class Group:
     # ------------------------------------------------------------ ops
     def _doing(self, role: Role, rnd: int, op: Op) -> Doing:
         doing = getattr(self, "_" + op.kind.lower())(role, rnd, op)
-        return doing._replace(host_s=doing.host_s + self.setting.durations.calibration.op_s)
+        durations = self.setting.durations
+        own_s = 0.0 if durations.gpu else self.own_work.seconds(role, rnd, op)
+        return doing._replace(host_s=doing.host_s + durations.calibration.op_s + own_s)
 
     def _leaders(self, rnd: int, m: int, *names: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(host, device) seconds of a leader crew's ranks for these parts of Durations."""
@@ -110,7 +138,7 @@ class Group:
                 for name in names:
                     took[:, i] += self._part(name, feed.rows_rm[rnd][m])
             return self._host_and_device(took[:, self.which_j])
-        return self._once((rnd, m, *names), make)
+        return self._once((self._which(rnd, m), *names), make)
 
     def _host_and_device(self, took) -> tuple[np.ndarray, np.ndarray | None]:
         """Of places, as of all their ranks; no device where none has anything to do."""
@@ -121,20 +149,27 @@ class Group:
         part, tp = getattr(self.setting.durations, name), self.setting.layout.tp
         return part(rows, tp) if name in ("sample", "sums") else part(rows)
 
-    def _flight(self, role: Role, rnd: int, op: Op, *moved: Moved, crews: int = 1) -> tuple[float, Flight]:
-        """(seconds of posting, flight) of exchanges one after the other; counts them."""
+    def _flight(self, role: Role, rnd: int, op: Op, *moved: Moved, whole: bool = False) -> tuple[float, Flight]:
+        """(seconds of posting, flight) of exchanges one after the other, of the role or of the whole stage; counts them."""
         if role.leader:
             counted = self.moved.setdefault((role.stage, op.kind, op.layer), {})
             for one in moved:
-                counted.setdefault(id(one), [one, 0])[1] += 1
-        return sum(one.host_s for one in moved), Flight((self.number, role.stage, rnd, op), crews, tuple(leg for one in moved for leg in one.legs))
+                counted.setdefault(id(one), [one, 0])[1] += self.weight_r[rnd] if self.weight_r else 1
+        return sum(one.host_s for one in moved), Flight((self.number, role.stage, rnd, op), self._taking_part(role, whole), tuple(leg for one in moved for leg in one.legs))
 
-    def _stage_crews(self, stage: int) -> int:
-        return sum(bool(self.places(Role(stage, leader))) for leader in (True, False))
+    def _taking_part(self, role: Role, whole: bool) -> int:
+        """Crews that post an exchange."""
+        roles = [Role(role.stage, leader) for leader in (True, False)] if whole else [role]
+        places = [len(self.places(one)) for one in roles]
+        return sum(places) * self.setting.layout.tp if self.setting.sharing else sum(map(bool, places))
 
     def _begins(self, role: Role, op: Op) -> bool:
         """Whether this is where a step's rows come into the stage (EMBED does so on tensor shards of stage 0)."""
         return op.layer == self.setting.schedule.layers_of(role.stage)[0] and not (self.setting.layout.tp > 1 and role.stage == 0)
+
+    def _begun(self, role: Role) -> tuple[str, ...]:
+        """What a step begins with: where requests are batched it is put together."""
+        return ("begin",) if role.stage else ("step", "begin")
 
     def _recv(self, role: Role, rnd: int, op: Op) -> Doing:
         schedule, last = self.setting.schedule, self.setting.schedule.stages - 1
@@ -146,10 +181,10 @@ class Group:
         return Doing(waits_on=(self.number, last, rnd - 1, Op("SAMPLE", schedule.layers_of(last)[-1], op.micro)))
 
     def _embed(self, role: Role, rnd: int, op: Op) -> Doing:
-        return self._summed(role, rnd, op, "begin", "sums")
+        return self._summed(role, rnd, op, *self._begun(role), "sums")
 
     def _attend(self, role: Role, rnd: int, op: Op) -> Doing:
-        host_s, device_s = self._leaders(rnd, op.micro, *["begin"] * self._begins(role, op), "attend")
+        host_s, device_s = self._leaders(rnd, op.micro, *self._begun(role) * self._begins(role, op), "attend")
         return Doing(host_s, 0.0, device_s)
 
     def _reduce_attend(self, role: Role, rnd: int, op: Op) -> Doing:
@@ -170,7 +205,7 @@ class Group:
         if self.setting.layout.ep == 1:
             return Doing(flight=Flight(None))
         moved = self.node_ways.counts(role.stage) if self.node_ways else (self.ways.counts(role.stage),)
-        post_s, flight = self._flight(role, rnd, op, *moved, crews=self._stage_crews(role.stage))
+        post_s, flight = self._flight(role, rnd, op, *moved, whole=True)
         return Doing(0.0, post_s, None, flight)
 
     def _dispatch(self, role: Role, rnd: int, op: Op) -> Doing:
@@ -194,13 +229,14 @@ class Group:
             what = (tuple(rows_r.tolist()), tuple(rows_s.tolist()), row_bytes, op.kind == "COMBINE")
             return self.node_ways.rows(role.stage, op.layer, *what) if self.node_ways else (self.ways.rows(role.stage, *what),)
         moved = self._once((role.stage, op.kind, op.layer, self._counts_j(rnd, op.micro)), make)
-        post_s, flight = self._flight(role, rnd, op, *moved, crews=self._stage_crews(role.stage))
+        post_s, flight = self._flight(role, rnd, op, *moved, whole=True)
         return Doing(host_s, post_s, device_s, flight)
 
     def _expert(self, role: Role, rnd: int, op: Op) -> Doing:
         def make():
             rows_s = self._slot_rows(rnd, op)
-            took = [self.setting.durations.expert(tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist())) for p in self.places(role)]
+            tokens = sum(self._counts_j(rnd, op.micro))
+            took = [self.setting.durations.expert(tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist()), tokens) for p in self.places(role)]
             return self._host_and_device(np.array(took).T)
         host_s, device_s = self._once((role, "EXPERT", op.layer, sum(self._counts_j(rnd, op.micro))), make)
         return Doing(host_s, 0.0, device_s)
@@ -227,3 +263,8 @@ class Group:
             return Doing(host_s, 0.0, device_s, Flight(None))
         post_s, flight = self._flight(role, rnd, op, *moved)
         return Doing(host_s, post_s, device_s, flight)
+
+
+def _of_rank(doing: Doing, i: int) -> Doing:
+    """What an op of a crew is to its i-th rank."""
+    return doing._replace(**{name: value[i:i + 1] for name in ("host_s", "device_s") for value in [getattr(doing, name)] if isinstance(value, np.ndarray)})

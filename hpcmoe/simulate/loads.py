@@ -31,7 +31,7 @@ def read_shares(text: str, model: ModelConfig, tokens: int) -> tuple[np.ndarray,
         return _shares(rows_le), f"power law {exponent:g}, seed {seed}, as {tokens} tokens drew their experts"
     path = Path(text)
     if path.suffix not in (".h5", ".hdf5"):
-        raise at("simulate", "--load", text, EXPECTED)
+        raise at("command line", "--load", text, EXPECTED)
     if path.name.startswith("routing"):
         return _shares(read_routing(text, model).rows_le), text
     rows_tle = read_load(text)
@@ -46,9 +46,9 @@ def _numbers(text: str) -> tuple[float, int]:
         _, exponent, *seed = text.split(":")
         values = float(exponent), int(seed[0]) if seed else 0
     except ValueError:
-        raise at("simulate", "--load", text, EXPECTED) from None
+        raise at("command line", "--load", text, EXPECTED) from None
     if len(seed) > 1 or not math.isfinite(values[0]) or min(values) < 0:
-        raise at("simulate", "--load", text, f"{EXPECTED}, with numbers >= 0")
+        raise at("command line", "--load", text, f"{EXPECTED}, with numbers >= 0")
     return values
 
 

@@ -23,7 +23,7 @@ def read_model(path: str) -> ModelConfig:
         with WeightsFile(path) as file:
             return file.config
     if ending not in (".json", ".toml"):
-        raise at("simulate", "MODEL", path, "a file ending in .h5 (weights), .json (a Hugging Face config.json) or .toml (a model's sizes)")
+        raise at("command line", "MODEL", path, "a file ending in .h5 (weights), .json (a Hugging Face config.json) or .toml (a model's sizes)")
     if ending == ".json":
         return model_config(_read_json(path), path)
     model = from_dict(ModelConfig, read_toml(path), path)

@@ -29,6 +29,7 @@ from hpcmoe.report.record import RankRecord
 from hpcmoe.simulate.alike import alike
 from hpcmoe.simulate.choice import ExchangeTrial, exchange_trial
 from hpcmoe.simulate.clock import Clock
+from hpcmoe.simulate.cores import Cores, Machine
 from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.facts import simulated_facts
 from hpcmoe.simulate.group import Group, Setting
@@ -45,7 +46,8 @@ MODELLED = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")  # trans
 
 class Told(NamedTuple):
     """All that a simulation is told. lengths: prompt and output tokens of each request; share_le: of each layer's rows the share of each
-    expert, load: in words; warnings: what the user should know of it."""
+    expert, load: in words; warnings: what the user should know of it; drawn: the share of tokens that are drawn (sampled with a temperature);
+    node_of_rank: where ranks lie (None: along the nodes)."""
 
     job: JobConfig
     model: ModelConfig
@@ -56,12 +58,23 @@ class Told(NamedTuple):
     share_le: np.ndarray
     load: str
     warnings: list[str]
+    drawn: float = 0.0
+    node_of_rank: tuple[int, ...] | None = None
 
     @property
     def gpu(self) -> bool:
         """Whether ranks are GPUs: as run.device says, or what the calibration is of: more than one unit shares a product."""
         device = self.job.run.device
         return device == "gpu" if device != "auto" else self.calibration.gemm.units > 1
+
+    def nodes(self) -> np.ndarray:
+        """The node of each rank."""
+        return np.arange(self.gpus) // self.cluster.nodes.ranks_per_node if self.node_of_rank is None else np.array(self.node_of_rank)
+
+    def cores(self) -> list[Machine]:
+        """The cores of each node, where its ranks share them; else nothing."""
+        c = self.cluster.cores
+        return [Machine(int(ranks), c.per_node, c.together, c.poll) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
 
 
 class Simulated(NamedTuple):
@@ -107,7 +120,7 @@ def read(args) -> Told:
     calibration = read_calibration(path)
     gpus = cluster.ranks if args.gpus is None else args.gpus
     if not 1 <= gpus <= cluster.ranks:
-        raise at("simulate", "--gpus", gpus, f"1 to {cluster.ranks}: {args.cluster} has nodes.count = {cluster.nodes.count} of "
+        raise at("command line", "--gpus", gpus, f"1 to {cluster.ranks}: {args.cluster} has nodes.count = {cluster.nodes.count} of "
                  f"nodes.ranks_per_node = {cluster.nodes.ranks_per_node}")
     share_le, load = read_shares(args.load, model, job.run.batch_tokens)
     told = Told(job, model, cluster, calibration, gpus, _lengths(args, job, model), share_le, load, _warnings(args, cluster, calibration))
@@ -122,19 +135,19 @@ def _job(args) -> JobConfig:
     for text in args.sets:
         key = text.partition("=")[0].strip()
         if key in ("task", "weights.file") or key.startswith("output."):
-            raise at("simulate", "--set", text, "a key that is not said otherwise: the model is MODEL, the work --requests or --sequences")
+            raise at("command line", "--set", text, "a key that is not said otherwise: the model is MODEL, the work --requests or --sequences")
     if args.requests and any(n is not None for n in (args.sequences, args.prompt_tokens, args.output_tokens)):
-        raise at("simulate", "--requests", args.requests, "either this or --sequences, --prompt-tokens, --output-tokens")
+        raise at("command line", "--requests", args.requests, "either this or --sequences, --prompt-tokens, --output-tokens")
     sets = [*args.sets, f"weights.file={args.model}", f"task={'generate' if args.requests else 'throughput'}"]
     short = {"requests.file": args.requests, "throughput.sequences": args.sequences, "throughput.prompt_tokens": args.prompt_tokens,
              "throughput.output_tokens": args.output_tokens, "output.dir": args.output, "output.trace": args.trace}
     job = read_job(None, sets + [f"{key}={value}" for key, value in short.items() if value is not None])
     run_ = job.run
     if run_.transport not in MODELLED:
-        raise at("simulate", "run.transport", run_.transport, "one of " + ", ".join(MODELLED) + ": others are not modelled in this version")
+        raise at("command line", "run.transport", run_.transport, "one of " + ", ".join(MODELLED) + ": others are not modelled in this version")
     for name in ("capacity_factor", "rebalance_every"):
         if getattr(run_, name):
-            raise at("simulate", f"run.{name}", getattr(run_, name), "0: it is not modelled in this version")
+            raise at("command line", f"run.{name}", getattr(run_, name), "0: it is not modelled in this version")
     return job
 
 
@@ -143,7 +156,7 @@ def _lengths(args, job: JobConfig, model: ModelConfig) -> list[tuple[int, int]]:
         batch = job.throughput
         longest = batch.prompt_tokens + batch.output_tokens
         if longest > model.context:
-            raise at("simulate", "--prompt-tokens and --output-tokens", longest, f"at most {model.context}, the model's context")
+            raise at("command line", "--prompt-tokens and --output-tokens", longest, f"at most {model.context}, the model's context")
         return [(batch.prompt_tokens, batch.output_tokens)] * batch.sequences
     requests = read_requests(job.requests.file, _tokenizer(args.model, model), job.sampling, model, job.task, job.run.context, job.requests.limit)
     lengths = [(len(r.tokens), r.max_tokens) for r in requests if not r.error]
@@ -175,7 +188,7 @@ def _warnings(args, c: ClusterFile, calibration: Calibration) -> list[str]:
 def _check_dtype(told: Told, path: str) -> None:
     dtype, item = told.job.weights.dtype, told.calibration.gemm.item_bytes
     if dtype != "auto" and (4 if dtype == "fp32" else 2) != item:
-        raise at("simulate", "weights.dtype", dtype, f"a type of {item} bytes, which {path} was made with, or auto")
+        raise at("command line", "weights.dtype", dtype, f"a type of {item} bytes, which {path} was made with, or auto")
 
 
 # ---------------------------------------------------------------- the simulation
@@ -183,7 +196,7 @@ def simulate(told: Told) -> Simulated:
     """Clocks the run that the engine would make of this job. Raises UserError where layout or batch do not fit the cluster."""
     model, c, job = told.model, told.cluster, told.job
     layout, why = choose(job.layout, told.gpus, model)
-    node_of_rank = np.arange(told.gpus) // c.nodes.ranks_per_node
+    node_of_rank = told.nodes()
     staged, gpu, item = job.run.transport == "staged", told.gpu, told.calibration.gemm.item_bytes
     network = StagedNetwork(c, node_of_rank, told.calibration) if staged else Network(c, node_of_rank)
     sizes, held = _room(told, layout, item)
@@ -191,14 +204,16 @@ def simulate(told: Told) -> Simulated:
     schedule = build(plan.schedule_name(job.run, gpu), layout.pp, model.layers, cut.micros, cut.lanes, layout.tp > 1)
     check(schedule)
     local = shard_of(model, layout.tp).model if layout.tp > 1 else model
-    durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8")
+    durations = Durations(told.calibration, local, model, gpu, job.run.graphs, job.run.dispatch_dtype == "fp8", told.drawn)
     expert_ls = placing.expert_ls(placing.placement_of(job, model, layout), model, layout)
     trial = _trial(told, layout, network, durations)
     hierarchical = trial.hierarchical if trial else job.run.transport == "hierarchical"
-    setting = Setting(model, layout, schedule, durations, _slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
-                      hierarchical, expert_ls)
+    setting = Setting(model, layout, schedule, durations, slot_shares(told, expert_ls), cut.micros, bool(job.output.trace),
+                      hierarchical, expert_ls, bool(told.cores()))
     groups, indices = _groups(told, setting, network, sizes)
-    Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
+    Clock([crew for group in groups for crew in group.running], network.bandwidth_l, Cores(told.cores())).run()
+    for group in groups:
+        group.join()
     records = [record for group, mine in zip(groups, indices)
                for record in records_of(group, network, held, mine, "GPU" if gpu else "CPU")]
     leaders = len(layout.leader_places(node_of_rank, 0)[0])
@@ -221,7 +236,7 @@ def _room(told: Told, layout: Layout, item: int) -> tuple[Sizes, dict[Role, Held
     job, c = told.job, told.cluster
 
     def wanted(layout_: Layout) -> tuple[Sizes, int]:
-        nodes = np.arange(layout_.size) // c.nodes.ranks_per_node
+        nodes = told.nodes() if layout_.size == told.gpus else np.arange(layout_.size) // c.nodes.ranks_per_node
         leaders = len(layout_.leader_places(nodes, 0)[0])
         most = max(map(len, plan.hand_out(_works(told), leaders * layout_.dp)))
         context = job.run.context or max(map(sum, told.lengths))
@@ -245,7 +260,7 @@ def _works(told: Told) -> list[Work]:
     return [Work(i, np.zeros(prompt, np.int8), outputs, 0.0, 0, 1.0, 0, (), False) for i, (prompt, outputs) in enumerate(told.lengths)]
 
 
-def _slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
+def slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
     """Of each layer's rows the share of each slot [l, s]: an expert's rows go to its copies alike."""
     copies_le = np.stack([np.bincount(expert_s, minlength=told.model.router.experts) for expert_s in expert_ls])
     return np.take_along_axis(told.share_le / np.maximum(copies_le, 1), expert_ls, axis=1)
@@ -260,7 +275,8 @@ def _groups(told: Told, setting: Setting, network: Network, sizes: Sizes) -> tup
     index_dj = [[[w.index for w in next(dealt)] for _ in leaders_p[0]] for leaders_p in leaders_dp]
     work_dp = [tuple(tuple(told.lengths[i] for i in index) for index in index_j) for index_j in index_dj]
     feeds, groups, indices = {}, [], []
-    for number, members in enumerate(alike(layout, network, work_dp)):
+    apart = [[dp] for dp in range(layout.dp)]  # replicas that share cores are not clocked as one
+    for number, members in enumerate(apart if setting.sharing else alike(layout, network, work_dp)):
         key_j = work_dp[members[0]]
         for key in key_j:
             if key not in feeds:

@@ -13,13 +13,15 @@ import numpy as np
 
 from hpcmoe.compute.base import Sizes
 from hpcmoe.compute.step import SAMPLED, Batch, Work
+from hpcmoe.model.attention import DECODE_BLOCK
 from hpcmoe.parallel.batch import Batcher, Pages
 
 
 class Rows(NamedTuple):
     """One step of one micro-batch on one leader. start_q, count_q: its chunks of prompts; keys: tokens in the caches of its decode rows
     and the rows themselves, altogether; singles: rows that look at their cache alone (decode, and chunks of one row); wanted: rows
-    whose next token is sampled; prefill, decode: as the report counts rows."""
+    whose next token is sampled; prefill, decode: as the report counts rows. padded: as keys, with every row of a block as many as the
+    one with most (a CPU's attention, model/attention.py); apart: of these, keys in blocks whose slots are no neighbours, which it copies."""
 
     start_q: np.ndarray
     count_q: np.ndarray
@@ -28,6 +30,8 @@ class Rows(NamedTuple):
     wanted: int
     prefill: int
     decode: int
+    padded: float = 0.0
+    apart: float = 0.0
 
     @property
     def count(self) -> int:
@@ -74,7 +78,7 @@ def feed(lengths: list[tuple[int, int]], sizes: Sizes, chunk: int, window: int) 
             batch, _ = batcher.build(m)
             if m == 0:
                 alive = batch.alive  # what leaders tell each other in the first exchange of a round
-            rows_m.append(_rows(batch, window))
+            rows_m.append(rows_of(batch, window))
         rows_rm.append(rows_m)
     served = [Served(s.work.index, len(s.work.tokens), len(s.output), s.admitted_s, s.first_token_s, s.end_s) for s in batcher.finished]
     return Feed(rows_rm, served)
@@ -90,12 +94,25 @@ def even_rounds(feeds: list[Feed]) -> list[Feed]:
     return [made[id(feed)] for feed in feeds]
 
 
-def _rows(batch: Batch, window: int) -> Rows:
+def rows_of(batch: Batch, window: int) -> Rows:
+    """What a step holds; window: of the attention, 0 for none."""
     start_q, count_q = batch.segments.start_q, batch.segments.count_q
     one_q = count_q == 1
     keys_q = start_q[one_q] + 1
     if window:
         keys_q = np.minimum(keys_q, window)
         start_q = np.minimum(start_q, np.maximum(window - count_q, 0))
+    padded, apart = _blocks(batch.segments.slot_q[one_q], batch.segments.start_q[one_q] + 1)
     return Rows(start_q[~one_q], count_q[~one_q], float(keys_q.sum()), int(one_q.sum()), int((batch.emit_q == SAMPLED).sum()),
-                batch.prefill_rows, batch.rows - batch.prefill_rows)
+                batch.prefill_rows, batch.rows - batch.prefill_rows, padded, apart)
+
+
+def _blocks(slot_b: np.ndarray, keys_b: np.ndarray) -> tuple[float, float]:
+    """(padded, apart) of single rows."""
+    order, padded, apart = np.argsort(slot_b, kind="stable"), 0.0, 0.0
+    for block in np.array_split(order, max(1, -(-len(order) // DECODE_BLOCK))):
+        if len(block):
+            keys = float(len(block) * keys_b[block].max())
+            padded += keys
+            apart += keys * (slot_b[block[-1]] - slot_b[block[0]] + 1 != len(block))
+    return padded, apart

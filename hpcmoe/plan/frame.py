@@ -1,0 +1,136 @@
+"""What the exchanges of a layout take as a function of rows, alone on the network: found once for all batches.
+
+An exchange takes its host, its latency and the bytes of its busiest link over that link's rate (simulate/ways.py, nodeways.py). Bytes
+grow with the rows that each leader has, so two large batches tell all others but the smallest, in which some places have no rows: those are
+worked out one by one. Where layers have unequal loads, an exchange is the mean of some layers' (of all, where there are few).
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from hpcmoe.parallel import plan
+from hpcmoe.parallel.layout import Layout
+from hpcmoe.parallel.schedule import build
+from hpcmoe.plan.candidates import Shape
+from hpcmoe.plan.stand import Stand
+from hpcmoe.simulate.group import INT64, Group
+from hpcmoe.simulate.durations import FP32
+from hpcmoe.simulate.loads import whole_rows
+from hpcmoe.simulate.ways import Moved
+from hpcmoe.simulate.workload import Feed
+
+ROWS = (1024, 2048)  # of a leader, in the two large batches
+FEW = 8              # rows of each slot below which a batch is small; layers that stand for all
+
+
+class Cost(NamedTuple):
+    """wire_s: from when all are ready; post_s: of the host; load_l: bytes on each link."""
+
+    wire_s: float
+    post_s: float
+    load_l: np.ndarray
+
+
+class Way:
+    """An exchange. make(n): it with n rows per leader, one for each layer that stands for all; small: up to so many rows it is worked out as it is."""
+
+    def __init__(self, make: Callable[[int], list[tuple[Moved, ...]]], bandwidth_l: np.ndarray, small: float):
+        self.make, self.bandwidth_l, self.small = make, bandwidth_l, small
+        self.known: dict[int, Cost] = {}
+
+    def at(self, rows: int) -> Cost:
+        if rows not in self.known:
+            self.known[rows] = self._exact(rows) if rows <= self.small or rows in ROWS else self._line(rows)
+        return self.known[rows]
+
+    def _exact(self, rows: int) -> Cost:
+        found = [_alone(moved, self.bandwidth_l) for moved in self.make(rows)]
+        return Cost(*(sum(values) / len(found) for values in zip(*found)))
+
+    def _line(self, rows: int) -> Cost:
+        one, two = (self.at(n) for n in ROWS)
+        part = (rows - ROWS[0]) / (ROWS[1] - ROWS[0])
+        return Cost(one.wire_s + part * (two.wire_s - one.wire_s), two.post_s, one.load_l + part * (two.load_l - one.load_l))
+
+
+class Frame(NamedTuple):
+    """Of a stage: its exchanges, None for those that it has not. send: to the next stage, token: back to the first, gather: logits of shards."""
+
+    counts: Way | None
+    dispatch: Way | None
+    combine: Way | None
+    sums: Way | None
+    send: Way | None
+    gather: Way | None
+    token: Way | None
+
+
+class Frames:
+    """Of a layout with its leaders and transport. kind_p: of each stage; frame: by kind; layers: those that stand for all; share_ls: of
+    their rows, of each slot."""
+
+    def __init__(self, stand: Stand, shape: Shape):
+        layout, told = shape.layout, stand.told
+        schedule = build(plan.schedule_name(told.job.run, told.gpu), layout.pp, told.model.layers, 1, 1, layout.tp > 1)
+        self.group = stand.group(shape, schedule, [0], Feed([[]], []), None)
+        count = 1 if stand.even else min(FEW, told.model.layers)
+        self.layers = [told.model.layers * i // count for i in range(count)]
+        self.share_ls = stand.seats(layout)[1][self.layers]
+        self.kind_p = _kinds(stand, layout)
+        self.frame = {kind: self._frame(stand, p, layout) for p, kind in reversed(list(enumerate(self.kind_p)))}
+
+    def rows_s(self, tokens: int, top_k: int) -> list[np.ndarray]:
+        """Rows of each slot where all leaders together have so many tokens, for each of the layers."""
+        return [whole_rows(tokens * top_k, share_s) for share_s in self.share_ls]
+
+    def _frame(self, stand: Stand, stage: int, layout: Layout) -> Frame:
+        group, d, k = self.group, stand.told.model.d, stand.told.model.router.top_k
+        ways, durations, leaders = group.ways, group.setting.durations, group.leaders_p[stage]
+        j = len(leaders)
+
+        def way(make: Callable[[int], list[tuple[Moved, ...]]], small: float = 0) -> Way:
+            return Way(make, stand.network.bandwidth_l, small)
+
+        def rows(row_bytes: float, back: bool) -> Way:
+            def make(n: int) -> list[tuple[Moved, ...]]:
+                rows_r, made = np.zeros(layout.ep, dtype=int), []
+                rows_r[leaders] = n
+                for layer, rows_s in zip(self.layers, self.rows_s(n * j, k)):
+                    place_r = np.add.reduceat(rows_s, group.slots_r[:-1])
+                    what = (tuple(rows_r.tolist()), tuple(place_r.tolist()), row_bytes, back)
+                    made.append(group.node_ways.rows(stage, layer, *what) if group.node_ways else (ways.rows(stage, *what),))
+                return made
+            return way(make, FEW * self.share_ls.shape[1] / (j * k))
+
+        several, last = layout.ep > 1, stage == layout.pp - 1
+        return Frame(
+            way(lambda n: [group.node_ways.counts(stage) if group.node_ways else (ways.counts(stage),)]) if several else None,
+            rows(durations.row_bytes, False) if several else None, rows(durations.back_bytes, True) if several else None,
+            way(lambda n: [(ways.sums(stage, (n,) * j, durations.back_bytes),)], FEW * layout.tp) if layout.tp > 1 else None,
+            None if last else way(lambda n: [(ways.hand_on(stage, stage + 1, (float(FP32 * d * n),) * j, (n,) * j),)]),
+            way(lambda n: [(ways.gather(stage, (float(FP32 * n * durations.model.vocab),) * j),)]) if last and layout.tp > 1 else None,
+            way(lambda n: [(ways.hand_on(stage, 0, (float(2 * INT64 * n),) * j, (n,) * j),)]) if last and stage else None)
+
+
+def _alone(moved: tuple[Moved, ...], bandwidth_l: np.ndarray) -> Cost:
+    """Of exchanges one after the other."""
+    seconds, load_l = 0.0, np.zeros(len(bandwidth_l))
+    for leg in (leg for one in moved for leg in one.legs):
+        seconds += leg.latency_s
+        if leg.load_l is not None:
+            seconds += float((leg.load_l / bandwidth_l).max())
+            load_l = load_l + leg.load_l
+    return Cost(seconds, sum(one.host_s for one in moved), load_l)
+
+
+def _kinds(stand: Stand, layout: Layout) -> list[tuple]:
+    """By stage: the same for those whose ranks lie on nodes alike, and alike to the next stage's; the first and the last are apart."""
+    found = []
+    for p in range(layout.pp):
+        ranks = [r for stage in (p, min(p + 1, layout.pp - 1)) for shard in range(layout.tp) for r in layout.column(0, stage, shard)]
+        _, node_r = np.unique(stand.node_r[ranks], return_inverse=True)
+        found.append((p == 0, p == layout.pp - 1, node_r.tobytes()))
+    return found

@@ -1,0 +1,62 @@
+"""Cores that several ranks of a node share: what a rank does takes longer while more of them are busy than there are cores.
+
+A node carries `together` seconds of work in a second, a rank at most one; those who are busy get equal parts (processor sharing, which
+is max-min fair where nobody can use more than one core; Kleinrock, Queueing Systems 2, 1976, 4.4). What is left of each job is kept in the time that an
+equal share has given since the start, so that a change of the share touches no job.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Hashable, NamedTuple
+
+
+class Machine(NamedTuple):
+    """The cores of a node. ranks: that share them; cores: how many; together: seconds of work that they carry in a second; poll: the part of a
+    core that a rank takes while it waits."""
+
+    ranks: int
+    cores: int
+    together: float
+    poll: float = 0.0
+
+    @property
+    def crowded(self) -> bool:
+        return self.ranks > self.cores
+
+    def share(self, busy: int) -> float:
+        """Of a core, for each of so many busy ranks."""
+        return min(1.0, self.together / (busy + self.poll * (self.ranks - busy) * self.crowded))
+
+
+class Cores:
+    """Jobs on the cores of nodes as time goes by. start() puts one on, next_end() says which ends next, end() takes it off; times never go back."""
+
+    def __init__(self, machines: list[Machine]):
+        self.machines = machines
+        self.now = [0.0] * len(machines)
+        self.given = [0.0] * len(machines)  # seconds that a job has got which was there from the start
+        self.jobs: list[list[tuple[float, int, Hashable]]] = [[] for _ in machines]
+        self.number = 0
+
+    def _advance(self, node: int, now: float) -> None:
+        if self.jobs[node]:
+            self.given[node] += self.machines[node].share(len(self.jobs[node])) * (now - self.now[node])
+        self.now[node] = now
+
+    def start(self, now: float, node: int, seconds: float, key: Hashable) -> None:
+        """A job of so many seconds on a core of its own."""
+        self._advance(node, now)
+        self.number += 1
+        heapq.heappush(self.jobs[node], (self.given[node] + seconds, self.number, key))
+
+    def next_end(self) -> tuple[float, int] | None:
+        """(time, node) of the job that ends first if nothing else starts; None where there is none."""
+        ends = [(self.now[node] + max(0.0, jobs[0][0] - self.given[node]) / self.machines[node].share(len(jobs)), node)
+                for node, jobs in enumerate(self.jobs) if jobs]
+        return min(ends, default=None)
+
+    def end(self, now: float, node: int) -> Hashable:
+        """Takes the job off that next_end() named; its key."""
+        self._advance(node, now)
+        return heapq.heappop(self.jobs[node])[2]
