@@ -94,7 +94,7 @@ def test_a_fit_finds_the_gpu_that_measured(tmp_path):
     (tmp_path / "k.toml").write_text(found.toml(None, ""))
     made = read_calibration(tmp_path / "k.toml")
     assert made.elementwise.gb_per_s == pytest.approx(3840, rel=1e-3) and made.elementwise.floor_us == pytest.approx(3.0, rel=1e-3)
-    assert made.host.launch_us == 5.0 and made.host.sync_us == 7.5 and made.host.graph_us == 10.0 and made.host.op_us == pytest.approx(21.0)
+    assert made.host.launch_us == 5.0 and made.host.sync_us == 7.5 and made.host.graph_us == 10.0 and made.calls.op_us == pytest.approx(21.0)
     assert (made.copies.to_host_gb_per_s, made.copies.to_device_gb_per_s) == pytest.approx((50, 25), rel=1e-3)
     assert made.copies.floor_us == pytest.approx(3.0, rel=1e-2)
     assert made.attention.prefill_gflop_per_s == pytest.approx(300e3, rel=0.02) and made.attention.kv_gb_per_s == pytest.approx(4200, rel=0.02)
@@ -112,7 +112,7 @@ def test_an_unknown_gpu_has_peaks_from_what_it_reached(tmp_path):
 
 def test_what_was_not_measured_is_named_and_never_made_up(tmp_path):
     found = gpu_fit.fit_gpu(gpu_fit.read_raw(str(made_up(tmp_path, leave_out=("gemm", "graph")))))
-    assert set(found.missing) == {"gemm", "attention", "host"} and "'graph'" in found.missing["host"]
+    assert set(found.missing) == {"gemm", "attention", "host", "calls"} and "'graph'" in found.missing["host"]
     text = found.toml(None, "")
     assert "[gemm] was not measured: left out" in text and "launch_us" not in text
     (tmp_path / "k.toml").write_text(text)

@@ -55,12 +55,11 @@ class ElementwiseModel:
 class HostModel:
     """launch_us: what the host needs to start a kernel; sync_us: what passes after the device's last kernel until the host
     goes on. On a CPU, where nothing is launched, both are what a call costs. graph_us: to start a CUDA graph (left out: as a
-    kernel); op_us: for each op of the schedule besides (left out: nothing)."""
+    kernel)."""
 
     launch_us: float
     sync_us: float
     graph_us: float | None = None
-    op_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class CopyModel:
 
 @dataclass(frozen=True)
 class CallsModel:
-    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. All 0 for a GPU.
+    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. Of a GPU's host: op_us alone.
 
     KIND_us: of an op, KIND_row_us: of each of its rows; expert_one_us: of each expert that has rows; draw_us, draw_ns: of an op that
     draws tokens, and of each such row and entry of the vocabulary; step_us, step_row_us: of putting a step together, and of each
@@ -169,11 +168,6 @@ class Calibration:
     def graph_s(self) -> float:
         """Host time to start what is replayed as a graph."""
         return self.launch_s if self.host.graph_us is None else self.host.graph_us * 1e-6
-
-    @property
-    def op_s(self) -> float:
-        """Host time of an op besides."""
-        return self.host.op_us * 1e-6
 
     @property
     def sync_s(self) -> float:
