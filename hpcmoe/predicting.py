@@ -16,7 +16,7 @@ from hpcmoe.errors import UserError
 from hpcmoe.report import metrics
 from hpcmoe.report.predicted import predicted
 from hpcmoe.simulate.facts import simulated_facts
-from hpcmoe.simulate.run import MODELLED, Told, simulate
+from hpcmoe.simulate.run import Told, simulate
 
 ENVIRONMENT = "HPCMOE_CLUSTER"
 OP_S, LEAST_S, MOST_SHARE = 30e-6, 1.0, 0.02  # of an op in the simulator; a prediction may cost this much, or this part of the run
@@ -65,9 +65,9 @@ def _warnings(session, cluster: ClusterFile, calibration: Calibration) -> list[s
 def _told(session, report: dict, cluster: ClusterFile, calibration: Calibration) -> Told:
     """The run as a simulation is told of it: what was left open is as the run chose it."""
     job, layout, model = session.job, session.layout, session.model
-    transport = "hierarchical" if session.world.transport == "hierarchical" else "ialltoallv"
-    if session.world.transport not in MODELLED or job.task == "score" or job.run.capacity_factor or job.run.rebalance_every:
-        raise UserError("not predicted: the transport staged, the task score, a capacity factor and rebalancing are not modelled")
+    transport = session.world.transport
+    if job.task == "score" or job.run.capacity_factor or job.run.rebalance_every:
+        raise UserError("not predicted: the task score, a capacity factor and rebalancing are not modelled")
     if (session.machine.dtype == "fp32") != (calibration.gemm.item_bytes == 4):
         raise UserError(f"not predicted: the run computes in {session.machine.dtype}, the calibration's products have {calibration.gemm.item_bytes} bytes")
     run = replace(job.run, transport=transport, micro_batches=session.cut.micros, lanes=session.cut.lanes,

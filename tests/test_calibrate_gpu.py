@@ -3,18 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cudabed import bed
 from hpcmoe.cluster import gpu_fit
-from hpcmoe.cluster.kernels import SHIPPED, read_calibration
+from hpcmoe.cluster.kernels import SHIPPED, AttentionModel, ElementwiseModel, read_calibration
 from hpcmoe.errors import UserError
 from mpi import ROOT, environment
 from test_bench import assert_complete
 
 H200 = read_calibration(SHIPPED / "h200_sxm.toml")
+TRUTH = replace(H200, attention=AttentionModel(300e3, 300e3, 4200.0, 0.0, 0.5, 4.0, 0.5, 0.01, 120.0, 15.0), elementwise=ElementwiseModel(3840.0, 3.0))
 PROGRAM = """import sys
 from hpcmoe.bench import calibrate
 def broken(bed, section, deadline):
@@ -56,18 +58,18 @@ def test_measuring_goes_on_where_one_item_fails(tmp_path):
 
 
 def made_up(tmp_path, name: str = "NVIDIA H200", leave_out: tuple[str, ...] = ()):
-    """A file of measurements of a GPU that behaves as H200's calibration says, with an engine, copies and launches known in closed form."""
+    """A file of measurements of a GPU that behaves as TRUTH says, with an engine, copies and launches known in closed form."""
     heads = {"heads": 32, "kv_heads": 8, "head_dim": 128}
     shapes = [(m, n, k) for m in (1, 16, 128, 1024, 4096) for n in (1024, 4096, 16384) for k in (2048, 8192, 5120)]
     decode = [(q, p) for q in (1, 8, 64, 256) for p in (128, 512, 2048, 8192)]
     prefill = [(q, p) for q in (1, 4, 16) for p in (128, 512, 2048, 8192)]
     passed = [2**i for i in range(12, 30, 2)]
     points = {
-        "gemm": [{"m": m, "n": n, "k": k, "time_ms": 1e3 * float(H200.gemm_s(m, n, k))} for m, n, k in shapes],
-        "decode": [heads | {"sequences": q, "context": p, "time_us": 1e6 * float(H200.decode_s(q * p, q, 32, 8, 128))} for q, p in decode],
-        "prefill": [heads | {"sequences": q, "length": p, "time_us": 1e6 * H200.prefill_s(np.zeros(q), np.full(q, p), 32, 8, 128)}
+        "gemm": [{"m": m, "n": n, "k": k, "time_ms": 1e3 * float(TRUTH.gemm_s(m, n, k))} for m, n, k in shapes],
+        "decode": [heads | {"sequences": q, "context": p, "time_us": 1e6 * float(TRUTH.decode_s(q * p, q, 32, 8, 128))} for q, p in decode],
+        "prefill": [heads | {"sequences": q, "length": p, "time_us": 1e6 * TRUTH.prefill_s(np.zeros(q), np.full(q, p), 32, 8, 128)}
                     for q, p in prefill],
-        "pass": [{"kernel": "norm", "moved_bytes": n, "time_us": 1e6 * float(H200.elementwise_s(n))} for n in passed],
+        "pass": [{"kernel": "norm", "moved_bytes": n, "time_us": 1e6 * float(TRUTH.elementwise_s(n))} for n in passed],
         "launch": [{"call": name, "host_us": us} for name, us in (("kernel", 6.0), ("product", 4.0), ("copy", 2.0), ("event", 1.0))],
         "graph": [{"nodes": n, "host_us": 5.0 + n, "device_us": 2.0 * n} for n in (1, 5, 20)],
         "sync": [{"how": "poll", "host_us": 7.5}, {"how": "wait", "host_us": 15.0}],
@@ -92,10 +94,11 @@ def test_a_fit_finds_the_gpu_that_measured(tmp_path):
     (tmp_path / "k.toml").write_text(found.toml(None, ""))
     made = read_calibration(tmp_path / "k.toml")
     assert made.elementwise.gb_per_s == pytest.approx(3840, rel=1e-3) and made.elementwise.floor_us == pytest.approx(3.0, rel=1e-3)
-    assert made.host.launch_us == 5.0 and made.host.sync_us == 7.5 and made.host.graph_us == 10.0 and made.host.op_us == pytest.approx(21.0)
+    assert made.host.launch_us == 5.0 and made.host.sync_us == 7.5 and made.host.graph_us == 10.0 and made.calls.op_us == pytest.approx(21.0)
     assert (made.copies.to_host_gb_per_s, made.copies.to_device_gb_per_s) == pytest.approx((50, 25), rel=1e-3)
     assert made.copies.floor_us == pytest.approx(3.0, rel=1e-2)
-    assert made.attention.prefill_gflop_per_s == pytest.approx(346e3, rel=0.02) and made.attention.kv_gb_per_s == pytest.approx(3600, rel=0.02)
+    assert made.attention.prefill_gflop_per_s == pytest.approx(300e3, rel=0.02) and made.attention.kv_gb_per_s == pytest.approx(4200, rel=0.02)
+    assert made.attention.extra_keys == pytest.approx(120, rel=0.1) and made.attention.ramp_us == pytest.approx(15, rel=0.1)
 
 
 def test_an_unknown_gpu_has_peaks_from_what_it_reached(tmp_path):
@@ -109,7 +112,7 @@ def test_an_unknown_gpu_has_peaks_from_what_it_reached(tmp_path):
 
 def test_what_was_not_measured_is_named_and_never_made_up(tmp_path):
     found = gpu_fit.fit_gpu(gpu_fit.read_raw(str(made_up(tmp_path, leave_out=("gemm", "graph")))))
-    assert set(found.missing) == {"gemm", "attention", "host"} and "'graph'" in found.missing["host"]
+    assert set(found.missing) == {"gemm", "attention", "host", "calls"} and "'graph'" in found.missing["host"]
     text = found.toml(None, "")
     assert "[gemm] was not measured: left out" in text and "launch_us" not in text
     (tmp_path / "k.toml").write_text(text)
@@ -134,3 +137,14 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             _main(["calibrate", "measure", "--output", str(tmp_path / "k.toml"), *args])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_numbers_are_those_of_the_h200_that_was_measured():
+    """Its measurements come with the project: the fit's errors, and the file's attention and passes."""
+    found = gpu_fit.fit_gpu(gpu_fit.read_raw(str(ROOT / "docs" / "measurements" / "h200_calibrate.json")))
+    assert not found.missing and found.machine == "NVIDIA H200"
+    assert found.errors["products, held out"].mean < 0.08 and found.errors["decode attention, held out"].mean < 0.18
+    for part, names in (("attention", ("prefill_gflop_per_s", "kv_gb_per_s", "floor_us", "extra_keys", "ramp_us")), ("elementwise", ("gb_per_s", "floor_us")),
+                        ("copies", ("to_host_gb_per_s", "to_device_gb_per_s", "floor_us"))):
+        for name in names:
+            assert getattr(getattr(H200, part), name) == pytest.approx(getattr(found.parts[part], name), rel=0.02), f"{part}.{name}"

@@ -214,7 +214,7 @@ BIG = ('family = "mixtral"\nvocab = 128\nd = 1024\nlayers = 16\ncontext = 64\n[a
     (["--set", "layout.ep=3"], "no candidate"),
     (["--set", "layout.placement=p.json"], "--set = 'layout.placement': expected another key"),
     (["--set", "run.max_sequences=7"], "no candidate"),
-    (["--set", "run.transport=staged"], "run.transport = 'staged': expected one of auto"),
+    (["--set", "run.transport=staged"], "run.transport = 'staged': expected another one"),
     (["--sequences", "0"], "throughput.sequences = 0: expected a number >= 1"),
     (["--prompt-tokens", "64"], "= 67: expected at most 64, the model's context"),
     (["--processes", "0"], "--processes = 0: expected a number >= 1"),

@@ -8,7 +8,7 @@ import pytest
 
 from hpcmoe.cluster.clusterfile import read_cluster
 from hpcmoe.cluster.gemm import GemmModel, Tile
-from hpcmoe.cluster.kernels import AttentionModel, Calibration, ElementwiseModel, HostModel
+from hpcmoe.cluster.kernels import AttentionModel, Calibration, CallsModel, ElementwiseModel, HostModel
 from hpcmoe.config import AttentionConfig, ExpertConfig, ModelConfig, RouterConfig
 from hpcmoe.errors import UserError
 from hpcmoe.jobfile import read_job
@@ -48,7 +48,7 @@ def by_hand(launch_us=0.0, sync_us=0.0, units=1, graph_us=None, op_us=0.0) -> Ca
     """Products at 1 GFLOP/s and attention's at 0.5, passes at 1 GB/s; everything else takes no time."""
     gemm = GemmModel(units, 4, 1.0 / units, HUGE, HUGE, HUGE, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, (1,), (Tile(1, 1, 1.0),))
     return Calibration("by hand", "made up", gemm, AttentionModel(0.5, 0.5, HUGE, 0.0, 1.0, 0.0, 0.0, 0.0), ElementwiseModel(1.0, 0.0),
-                       HostModel(launch_us, sync_us, graph_us, op_us))
+                       HostModel(launch_us, sync_us, graph_us), calls=CallsModel(op_us=op_us))
 
 
 @pytest.fixture

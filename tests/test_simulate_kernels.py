@@ -71,18 +71,24 @@ def test_sizes_are_broadcast_and_nothing_takes_no_time():
 
 def test_attention_is_a_roofline():
     a = H100.attention
+
+    def reading(nbytes: float) -> float:
+        """Half of the ramp where it takes as long as the ramp is."""
+        s, ramp = nbytes / (a.kv_gb_per_s * 1e9), a.ramp_us * 1e-6
+        return s + ramp * s / (s + ramp)
+
     chunks = ([0, 1024], [2048, 512])  # a whole prompt of 2048, and 512 rows after 1024 others: arithmetic
-    scores = 32 * (2048**2 / 2 + 1024 * 512 + 512**2 / 2)
+    scores = 32 * (2048**2 / 2 + 1024 * 512 + 512**2 / 2 + a.extra_keys * (2048 + 512))
     assert H100.prefill_s(*chunks, 32, 8, 128) == pytest.approx((a.floor_us + 2 * a.segment_us) * 1e-6 + 4 * scores * 128 / (a.prefill_gflop_per_s * 1e9))
-    slow = dataclasses.replace(H100, attention=dataclasses.replace(a, score_ns=2.0, chunk_part=1.0, segment_us=7.0, row_us=0.5))
+    slow = dataclasses.replace(H100, attention=dataclasses.replace(a, score_ns=2.0, chunk_part=1.0, segment_us=7.0, row_us=0.5, extra_keys=0.0, ramp_us=0.0))
     scores = 32 * (2048**2 + 1024 * 512 + 512**2)
     assert slow.prefill_s(*chunks, 32, 8, 128) == pytest.approx(
         (a.floor_us + 2 * 7) * 1e-6 + scores * (4 * 128 / (a.prefill_gflop_per_s * 1e9) + 2e-9))
     assert H100.prefill_s([4096], [2], 32, 8, 128) == pytest.approx(  # two rows: reading what they see
-        (a.floor_us + a.segment_us) * 1e-6 + 2 * 128 * (2 * 4098 * 8 + 2 * 2 * 32) / (a.kv_gb_per_s * 1e9))
+        (a.floor_us + a.segment_us) * 1e-6 + reading(2 * 128 * (2 * 4098 * 8 + 2 * 2 * 32)))
     keys, rows = 64 * 4096, 64  # decode: keys and values, queries in, rows out; 2 bytes each
     nbytes = 2 * 128 * (2 * keys * 8 + 2 * rows * 32)
-    assert float(H100.decode_s(keys, rows, 32, 8, 128)) == pytest.approx(a.floor_us * 1e-6 + nbytes / (a.kv_gb_per_s * 1e9))
+    assert float(H100.decode_s(keys, rows, 32, 8, 128)) == pytest.approx((a.floor_us + 64 * a.row_us) * 1e-6 + reading(nbytes))
     assert float(slow.decode_s(keys, rows, 32, 8, 128)) == pytest.approx(
         (a.floor_us + 64 * 0.5) * 1e-6 + 32 * keys * (4 * 128 / (a.decode_gflop_per_s * 1e9) + 2e-9))
     assert float(H100.elementwise_s(1e9)) == pytest.approx(2.5e-6 + 1 / 2643)

@@ -13,13 +13,13 @@ import numpy as np
 from hpcmoe.cluster.fit import FitError, least_squares, rounded
 from hpcmoe.cluster.gemm import GemmModel
 from hpcmoe.cluster.gemm_fit import CHIPS, GPU_SPLITS, GPU_START, GPU_TILES, Chip, Products, error, fit
-from hpcmoe.cluster.kernels import AttentionModel, Calibration, CopyModel, ElementwiseModel, HostModel, gemm_toml, kind_of, table_toml
+from hpcmoe.cluster.kernels import AttentionModel, Calibration, CallsModel, CopyModel, ElementwiseModel, HostModel, gemm_toml, kind_of, table_toml
 from hpcmoe.cluster.measure import fit_elementwise
 from hpcmoe.errors import UserError
 
 HELD_OUT = (5120, 3072)        # products with n or k of these judge the fit
-ATTENTION_START = (346e3, 0.75, 3.0, 0.1, 0.05)  # GFLOP/s, part of the copy rate, us of a call, of a chunk, of a row
-SECTIONS = ("gemm", "attention", "elementwise", "host", "copies")
+ATTENTION_START = (346e3, 0.75, 3.0, 0.1, 0.05, 64.0, 10.0)  # GFLOP/s, part of the copy rate, us of a call, of a chunk, of a row; keys; us
+SECTIONS = ("gemm", "attention", "elementwise", "host", "calls", "copies")
 
 
 class Raw(NamedTuple):
@@ -88,8 +88,13 @@ class Fitted(NamedTuple):
             else:
                 lines.append("")
             if part is not None:
-                lines.append((gemm_toml(part) if name == "gemm" else table_toml(name, vars(part))).rstrip())
+                lines.append((gemm_toml(part) if name == "gemm" else table_toml(name, _told(name, part))).rstrip())
         return "\n".join(lines) + "\n"
+
+
+def _told(name: str, part) -> dict:
+    """What a file says of a part: of the program's own work only what there is."""
+    return {key: value for key, value in vars(part).items() if value or name != "calls"}
 
 
 def fit_gpu(raw: Raw) -> Fitted:
@@ -100,7 +105,7 @@ def fit_gpu(raw: Raw) -> Fitted:
                                               "SM clock": clocks.get("clocks.sm"), "of at most": clocks.get("clocks.max.sm"),
                                               "memory clock": clocks.get("clocks.mem"), "power limit": clocks.get("power.limit")}.items() if value)
     parts, errors, missing = {}, {}, {}
-    for name, work in (("gemm", _gemm), ("attention", _attention), ("elementwise", _elementwise), ("host", _host), ("copies", _copies)):
+    for name, work in (("gemm", _gemm), ("attention", _attention), ("elementwise", _elementwise), ("host", _host), ("calls", _calls), ("copies", _copies)):
         try:
             parts[name], found = work(raw, parts)
             errors |= found
@@ -153,8 +158,8 @@ def _attention(raw: Raw, parts: dict) -> tuple[AttentionModel, dict[str, FitErro
     start = np.log([ATTENTION_START[0], ATTENTION_START[1] * _copy_rate(raw), *ATTENTION_START[2:]])
 
     def model(x) -> AttentionModel:
-        rate, kv, floor, segment, row = np.exp(x)
-        return rounded(AttentionModel(float(rate), float(rate), float(kv), 0.0, 0.5, float(floor), float(segment), float(row)))
+        rate, kv, *others = map(float, np.exp(x))
+        return rounded(AttentionModel(rate, rate, kv, 0.0, 0.5, *others))
 
     def seconds(rows, a: AttentionModel) -> np.ndarray:
         return np.array([attention_s(gemm, a, row) for row, _ in rows])
@@ -190,8 +195,7 @@ def _elementwise(raw: Raw, parts: dict) -> tuple[ElementwiseModel, dict[str, Fit
 
 
 def _host(raw: Raw, parts: dict) -> tuple[HostModel, dict[str, FitError]]:
-    """launch_us: kernels' and products' mean; graph_us: of five kernels; op_us: what an op of the engine took beyond these, in all
-    its decode steps, mean of runs with and without graphs."""
+    """launch_us: kernels' and products' mean; graph_us: of five kernels."""
     call, launch = raw.columns("launch", "call", "host_us")
     how, sync = raw.columns("sync", "how", "host_us")
     nodes, graph = raw.columns("graph", "nodes", "host_us")
@@ -199,9 +203,17 @@ def _host(raw: Raw, parts: dict) -> tuple[HostModel, dict[str, FitError]]:
     if not (len(launched) == 2 and len(polled) and len(five)):
         raise NotMeasured("not all launches, graphs and waits")
     launch_us, graph_us = float(launched.mean()), float(five[0])
+    return rounded(HostModel(launch_us, float(max(0.0, polled[0])), graph_us)), {}
+
+
+def _calls(raw: Raw, parts: dict) -> tuple[CallsModel, dict[str, FitError]]:
+    """op_us: what an op of the engine took of the host beyond its launches, in decode steps, mean of runs with and without graphs."""
+    host = parts.get("host")
+    if host is None:
+        raise NotMeasured("no launches")
     ops, busy, kernels, products, replays = raw.columns("engine", "ops", "busy_s", "kernels", "products", "graph_replays")
-    beyond = (1e6 * busy - launch_us * (kernels + products) - graph_us * replays) / ops
-    return rounded(HostModel(launch_us, float(max(0.0, polled[0])), graph_us, float(max(0.0, beyond.mean())))), {}
+    beyond = (1e6 * busy - host.launch_us * (kernels + products) - host.graph_us * replays) / ops
+    return rounded(CallsModel(op_us=float(max(0.0, beyond.mean())))), {}
 
 
 def _copies(raw: Raw, parts: dict) -> tuple[CopyModel, dict[str, FitError]]:

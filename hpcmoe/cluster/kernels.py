@@ -27,7 +27,8 @@ class AttentionModel:
     prefill_gflop_per_s, decode_gflop_per_s: of the two products with keys and values; kv_gb_per_s: of reading them; score_ns:
     for each score of each head besides (softmax, where it is not hidden); chunk_part: of a chunk's own square of scores
     that is computed: 0.5 where what no row may see is left out, 1 where it is masked. floor_us: of one call; segment_us:
-    of each prefill chunk, row_us: of each decode row besides.
+    of each prefill chunk, row_us: of each decode row besides. extra_keys: a chunk's row costs as if it saw so many more (tiles that
+    are not full, their beginning and end); ramp_us: the most that reading takes besides, half of it where reading itself takes so long.
     """
 
     prefill_gflop_per_s: float
@@ -38,6 +39,8 @@ class AttentionModel:
     floor_us: float
     segment_us: float
     row_us: float
+    extra_keys: float = 0.0
+    ramp_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,11 @@ class ElementwiseModel:
 class HostModel:
     """launch_us: what the host needs to start a kernel; sync_us: what passes after the device's last kernel until the host
     goes on. On a CPU, where nothing is launched, both are what a call costs. graph_us: to start a CUDA graph (left out: as a
-    kernel); op_us: for each op of the schedule besides (left out: nothing)."""
+    kernel)."""
 
     launch_us: float
     sync_us: float
     graph_us: float | None = None
-    op_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class CopyModel:
 
 @dataclass(frozen=True)
 class CallsModel:
-    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. All 0 for a GPU.
+    """What a CPU's ops take besides their products, attention and passes over rows: the program's own work. Of a GPU's host: op_us alone.
 
     KIND_us: of an op, KIND_row_us: of each of its rows; expert_one_us: of each expert that has rows; draw_us, draw_ns: of an op that
     draws tokens, and of each such row and entry of the vocabulary; step_us, step_row_us: of putting a step together, and of each
@@ -133,7 +135,7 @@ class Calibration:
         a, start_q, count_q = self.attention, np.asarray(start_q, dtype=float), np.asarray(count_q, dtype=float)
         if not count_q.any():
             return 0.0
-        scores = heads * float((count_q * start_q + a.chunk_part * count_q**2).sum())
+        scores = heads * float((count_q * (start_q + a.chunk_part * count_q + a.extra_keys)).sum())
         arithmetic = scores * (4 * head_dim / (a.prefill_gflop_per_s * 1e9) + a.score_ns * 1e-9)
         keys, rows = float((start_q + count_q).sum()), float(count_q.sum())
         body = max(arithmetic, self._moved_s(keys, rows, heads, kv_heads, head_dim))
@@ -148,7 +150,9 @@ class Calibration:
 
     def _moved_s(self, keys, rows, heads: int, kv_heads: int, head_dim: int):
         """Reading keys, values and queries, writing rows."""
-        return self.gemm.item_bytes * head_dim * (2 * keys * kv_heads + 2 * rows * heads) / (self.attention.kv_gb_per_s * 1e9)
+        seconds = self.gemm.item_bytes * head_dim * (2 * keys * kv_heads + 2 * rows * heads) / (self.attention.kv_gb_per_s * 1e9)
+        ramp = self.attention.ramp_us * 1e-6
+        return seconds * (1 + ramp / (seconds + ramp)) if ramp else seconds
 
     def elementwise_s(self, nbytes) -> np.ndarray:
         """One pass that reads and writes so many bytes altogether; 0 for none."""
@@ -164,11 +168,6 @@ class Calibration:
     def graph_s(self) -> float:
         """Host time to start what is replayed as a graph."""
         return self.launch_s if self.host.graph_us is None else self.host.graph_us * 1e-6
-
-    @property
-    def op_s(self) -> float:
-        """Host time of an op besides."""
-        return self.host.op_us * 1e-6
 
     @property
     def sync_s(self) -> float:
@@ -226,8 +225,8 @@ def same_kind(a: str, b: str) -> bool:
     return a == b or "" != kind_of(a) == kind_of(b)
 
 
-MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "graph_us",
-               *vars(CallsModel())}
+MAY_BE_ZERO = {"hot_fraction", "launch_us", "sync_us", "floor_us", "wave_us", "split_us", "score_ns", "segment_us", "row_us", "extra_keys",
+               "ramp_us", "graph_us", *vars(CallsModel())}
 
 
 def _check_positive(values: dict, where: str, prefix: str = "") -> None:

@@ -74,7 +74,7 @@ def _standing(comment: str) -> str:
 def free(machine: Machine, constants: list[Constant]) -> Machine:
     """The machine with these constants at their best: times 0, efficiencies 1, rates without limit."""
     for c in constants:
-        machine = _with(machine, c, 1.0 if c.key == "efficiency" else 0.0 if c.key.endswith(("_us", "_ns")) else c.value * MUCH)
+        machine = _with(machine, c, 1.0 if c.key == "efficiency" else 0.0 if c.key.endswith(("_us", "_ns", "_keys")) else c.value * MUCH)
     return machine
 
 

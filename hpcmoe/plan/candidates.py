@@ -52,7 +52,8 @@ class Candidate(NamedTuple):
 def job_of(told: Told, c: Candidate) -> JobConfig:
     """The job of a candidate: the one that was told, with all that was searched filled in."""
     layout, shape, (prompt, outputs) = c.shape.layout, c.shape, told.lengths[0]
-    transport = "hierarchical" if shape.hierarchical else told.job.run.transport
+    told_so = told.job.run.transport  # auto would be whichever of the two is quicker
+    transport = "hierarchical" if shape.hierarchical else "ialltoallv" if told_so == "auto" else told_so
     run = replace(told.job.run, micro_batches=c.micros, lanes=c.lanes, batch_tokens=shape.rows * shape.leaders,
                   max_sequences=shape.sequences * shape.leaders * c.micros, transport=transport)
     seats = replace(told.job.layout, **{name: getattr(layout, name) for name in ("dp", "pp", "ep", "tp", "leaders", "replicas")})

@@ -7,7 +7,6 @@ from functools import lru_cache
 import numpy as np
 
 from hpcmoe import placing
-from hpcmoe.cluster.network import Network
 from hpcmoe.parallel import plan
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.schedule import Schedule, build
@@ -18,6 +17,7 @@ from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.group import Group, Setting
 from hpcmoe.simulate.memory import shard_of
 from hpcmoe.simulate.run import Told, slot_shares
+from hpcmoe.simulate.staged import network_of
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import Feed
 
@@ -28,7 +28,7 @@ class Stand:
     def __init__(self, told: Told):
         self.told = told
         self.node_r = np.arange(told.gpus) // told.cluster.nodes.ranks_per_node
-        self.network = Network(told.cluster, self.node_r)
+        self.network = network_of(told.cluster, self.node_r, told.calibration, told.job.run.transport)
         self.durations = lru_cache(maxsize=None)(self._durations)
         self.alike = lru_cache(maxsize=None)(lambda layout: alike(layout, self.network, [0] * layout.dp))
         self.seats = lru_cache(maxsize=64)(self._seats)

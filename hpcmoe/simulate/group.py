@@ -126,9 +126,7 @@ class Group:
     # ------------------------------------------------------------ ops
     def _doing(self, role: Role, rnd: int, op: Op) -> Doing:
         doing = getattr(self, "_" + op.kind.lower())(role, rnd, op)
-        durations = self.setting.durations
-        own_s = 0.0 if durations.gpu else self.own_work.seconds(role, rnd, op)
-        return doing._replace(host_s=doing.host_s + durations.calibration.op_s + own_s)
+        return doing._replace(host_s=doing.host_s + self.own_work.seconds(role, rnd, op))
 
     def _leaders(self, rnd: int, m: int, *names: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(host, device) seconds of a leader crew's ranks for these parts of Durations."""

@@ -1,4 +1,4 @@
-"""What ops of CPU ranks take besides their arithmetic: the engine's own time of each op, and products on new numbers of rows (plans.py)."""
+"""What ops take of the host besides their arithmetic or launches: the engine's own time of each op, and products on new numbers of rows (plans.py)."""
 
 from __future__ import annotations
 

@@ -37,11 +37,9 @@ from hpcmoe.simulate.loads import read_shares
 from hpcmoe.simulate.memory import Held, fit, nearest, shard_of
 from hpcmoe.simulate.modelfile import read_model
 from hpcmoe.simulate.records import records_of
-from hpcmoe.simulate.staged import StagedNetwork
+from hpcmoe.simulate.staged import network_of
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import even_rounds, feed
-
-MODELLED = ("auto", "ialltoallv", "pairwise", "staged", "hierarchical")  # transports; auto: flat or hierarchical
 
 
 class Told(NamedTuple):
@@ -143,8 +141,6 @@ def _job(args) -> JobConfig:
              "throughput.output_tokens": args.output_tokens, "output.dir": args.output, "output.trace": args.trace}
     job = read_job(None, sets + [f"{key}={value}" for key, value in short.items() if value is not None])
     run_ = job.run
-    if run_.transport not in MODELLED:
-        raise at("command line", "run.transport", run_.transport, "one of " + ", ".join(MODELLED) + ": others are not modelled in this version")
     for name in ("capacity_factor", "rebalance_every"):
         if getattr(run_, name):
             raise at("command line", f"run.{name}", getattr(run_, name), "0: it is not modelled in this version")
@@ -197,8 +193,7 @@ def simulate(told: Told) -> Simulated:
     model, c, job = told.model, told.cluster, told.job
     layout, why = choose(job.layout, told.gpus, model)
     node_of_rank = told.nodes()
-    staged, gpu, item = job.run.transport == "staged", told.gpu, told.calibration.gemm.item_bytes
-    network = StagedNetwork(c, node_of_rank, told.calibration) if staged else Network(c, node_of_rank)
+    network, gpu, item = network_of(c, node_of_rank, told.calibration, job.run.transport), told.gpu, told.calibration.gemm.item_bytes
     sizes, held = _room(told, layout, item)
     cut = plan.cut(job.run, layout, gpu)
     schedule = build(plan.schedule_name(job.run, gpu), layout.pp, model.layers, cut.micros, cut.lanes, layout.tp > 1)

@@ -18,6 +18,11 @@ from hpcmoe.errors import UserError
 from hpcmoe.parallel.plan import STAGED_BYTES
 
 
+def network_of(c: ClusterFile, node_of_rank, calibration: Calibration, transport: str) -> Network:
+    """The links as messages of this transport use them. Raises UserError as StagedNetwork."""
+    return StagedNetwork(c, node_of_rank, calibration) if transport == "staged" else Network(c, node_of_rank)
+
+
 class StagedNetwork(Network):
     """As Network; the last links are the ranks' copies. in_host_memory: for what lies there anyhow. Raises UserError where cluster or
     calibration do not say what it takes."""
