@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hpcmoe.parallel.layout import Layout
 from hpcmoe.plan.candidates import Candidate, Shape
 from hpcmoe.plan.frame import Frame, Frames, Way
 from hpcmoe.plan.rounds import Short
@@ -95,20 +96,30 @@ def _stages(stand: Stand, frames: Frames, shape: Shape, rows: Rows) -> list[Alon
     return found
 
 
-def _parts(stand: Stand, frames: Frames, shape: Shape, rows: Rows) -> dict[str, Took | tuple]:
-    """What a leader's ops take, and the busiest place's experts: ("expert": of all places, "own expert": of those that lead)."""
-    durations, layout = stand.durations(shape.layout.tp), shape.layout
+def _parts(stand: Stand, frames: Frames, shape: Shape, rows: Rows) -> dict[str, Took]:
+    """What a leader's ops take, and the busiest place's experts ("expert": of all places, "own expert": of those that lead). Rows are
+    of a stand's rounds, which are the same objects for shapes with the same rounds."""
+    layout, tokens = shape.layout, rows.count * shape.leaders
+    leading = tuple(frames.group.leaders_p[0])
+    return stand.once((layout.tp, id(rows)), lambda: _leader(stand, layout.tp, rows)) | \
+        stand.once((layout.ep, layout.tp, layout.replicas, leading, tokens), lambda: _experts(stand, frames, layout, leading, tokens))
+
+
+def _leader(stand: Stand, tp: int, rows: Rows) -> dict[str, Took]:
+    durations = stand.durations(tp)
     parts = {name: getattr(durations, name)(rows) for name in ("begin", "attend", "gate", "dispatch", "merge")}
-    parts |= {name: getattr(durations, name)(rows, layout.tp) for name in ("sample", "sums")}
-    slots_r, leading, longest = frames.group.slots_r, set(frames.group.leaders_p[0]), []
-    for rows_s in frames.rows_s(rows.count * shape.leaders, stand.told.model.router.top_k):
+    return parts | {name: getattr(durations, name)(rows, tp) for name in ("sample", "sums")}
+
+
+def _experts(stand: Stand, frames: Frames, layout: Layout, leading: tuple[int, ...], tokens: int) -> dict[str, Took]:
+    """Of the layers that stand for all, in the mean."""
+    durations, slots_r, longest = stand.durations(layout.tp), frames.group.slots_r, []
+    for rows_s in frames.rows_s(tokens, stand.told.model.router.top_k):
         rows_r = [tuple(rows_s[low:high].tolist()) for low, high in zip(slots_r, slots_r[1:])]
         took = {rows_e: durations.expert(rows_e) for rows_e in set(rows_r)}
-        longest.append([max((took[rows_e] for r, rows_e in enumerate(rows_r) if r in own), key=lambda t: t.device_s + t.host_s)
-                        for own in (range(layout.ep), leading)])
-    for name, took_l in zip(("expert", "own expert"), zip(*longest)):
-        parts[name] = Took(*(sum(seconds) / len(took_l) for seconds in zip(*took_l)))
-    return parts
+        longest.append([max((took[rows_e] for rows_e in some), key=lambda t: t.device_s + t.host_s)
+                        for some in (rows_r, [rows_r[r] for r in leading])])
+    return {name: Took(*(sum(seconds) / len(took_l) for seconds in zip(*took_l))) for name, took_l in zip(("expert", "own expert"), zip(*longest))}
 
 
 class _Walk:
