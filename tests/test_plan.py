@@ -118,7 +118,7 @@ def test_nothing_beats_its_bound(cluster, gpu, load):
     t = asked(cluster, requests=64, gpu=gpu, load=load, prompt=6, outputs=8)
     stand, worst = Stand(t), 0
     for c in random.Random(1).sample(everything(t), 25):
-        bound, = bounds(stand, Frames(stand, c.shape), c.shape, [(c.micros, c.lanes)])
+        bound, = bounds(stand, Frames(stand, c.shape), [(c.shape, [(c.micros, c.lanes)])])
         outcome = run_trial(stand, c)
         assert bound.candidate == c
         assert bound.tokens_per_s_per_gpu >= outcome.tokens_per_s_per_gpu and bound.tpot_ms <= outcome.tpot_ms, c.name

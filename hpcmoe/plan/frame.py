@@ -23,7 +23,8 @@ from hpcmoe.simulate.ways import Moved
 from hpcmoe.simulate.workload import Feed
 
 ROWS = (1024, 2048)  # of a leader, in the two large batches
-FEW = 8              # rows of each slot below which a batch is small; layers that stand for all
+FEW = 2              # rows of each slot, or of each shard, up to which a batch is small
+LAYERS = 8           # that stand for all, at most
 
 
 class Cost(NamedTuple):
@@ -45,6 +46,11 @@ class Way:
         if rows not in self.known:
             self.known[rows] = self._exact(rows) if rows <= self.small or rows in ROWS else self._line(rows)
         return self.known[rows]
+
+    def of(self, rows_n: np.ndarray) -> Cost:
+        """Of many batches at once [n], [n, l]."""
+        rows_u, which_n = np.unique(rows_n, return_inverse=True)
+        return Cost(*(np.array(values)[which_n] for values in zip(*(self.at(rows) for rows in rows_u.tolist()))))
 
     def _exact(self, rows: int) -> Cost:
         found = [_alone(moved, self.bandwidth_l) for moved in self.make(rows)]
@@ -76,7 +82,7 @@ class Frames:
         layout, told = shape.layout, stand.told
         schedule = build(plan.schedule_name(told.job.run, told.gpu), layout.pp, told.model.layers, 1, 1, layout.tp > 1)
         self.group = stand.group(shape, schedule, [0], Feed([[]], []), None)
-        count = 1 if stand.even else min(FEW, told.model.layers)
+        count = 1 if stand.even else min(LAYERS, told.model.layers)
         self.layers = [told.model.layers * i // count for i in range(count)]
         self.share_ls = stand.seats(layout)[1][self.layers]
         self.kind_p = _kinds(stand, layout)
