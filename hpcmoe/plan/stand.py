@@ -42,6 +42,12 @@ class Stand:
             self.known[key] = make()
         return self.known[key]
 
+    def pattern(self, ranks: list[int]) -> bytes:
+        """The same for ranks that lie on nodes, links and switches alike."""
+        network = self.network
+        tables = [network.node_r, *(kind.link_r for kind in network.kinds), *network.group_ir]
+        return b"".join(np.unique(table_r[ranks], return_inverse=True)[1].astype(np.int32).tobytes() for table_r in tables)
+
     def _durations(self, tp: int) -> Durations:
         told = self.told
         local = shard_of(told.model, tp).model if tp > 1 else told.model
