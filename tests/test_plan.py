@@ -4,9 +4,9 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +19,7 @@ from hpcmoe.plan.candidates import Candidate, Choices, Shape, job_of
 from hpcmoe.plan.frame import Frames
 from hpcmoe.plan.room import Room
 from hpcmoe.plan.rounds import rounds_of
-from hpcmoe.plan.run import plan
-from hpcmoe.plan.search import Worker, front, order, runner_up, search, within
+from hpcmoe.plan.search import front, runner_up, search, within
 from hpcmoe.plan.stand import Stand
 from hpcmoe.plan.trial import TERMS, run_trial
 from hpcmoe.simulate import run as simulate_run
@@ -118,7 +117,7 @@ def test_nothing_beats_its_bound(cluster, gpu, load):
     t = asked(cluster, requests=64, gpu=gpu, load=load, prompt=6, outputs=8)
     stand, worst = Stand(t), 0
     for c in random.Random(1).sample(everything(t), 25):
-        bound, = bounds(stand, Frames(stand, c.shape), c.shape, [(c.micros, c.lanes)])
+        bound, = bounds(stand, Frames(stand, c.shape), [(c.shape, [(c.micros, c.lanes)])])
         outcome = run_trial(stand, c)
         assert bound.candidate == c
         assert bound.tokens_per_s_per_gpu >= outcome.tokens_per_s_per_gpu and bound.tpot_ms <= outcome.tpot_ms, c.name
@@ -152,7 +151,8 @@ def test_memory_is_the_simulators(cluster):
 def test_pruning_loses_nothing(cluster, gpu, load, limited):
     """All candidates tried one by one: the same front, the same best, the same runner-up, in one process or two."""
     cluster.write_text(CLUSTER.replace("= 4\n", "= 2\n"))  # nodes of two ranks, an adapter beside each
-    t = asked(cluster, gpus=4, requests=8 if gpu else 4, prompt=2, outputs=3, sets=["layout.leaders=all"] * gpu, gpu=gpu, load=load)
+    t = asked(cluster, gpus=4, requests=8 if gpu else 4, prompt=2, outputs=3, sets=["layout.leaders=all"] * gpu, gpu=gpu, load=load,
+              model=replace(LAYERS4, layers=2))
     fixed = {"layout.leaders"} if gpu else set()
     stand = Stand(t)
     all_ = [run_trial(stand, c) for c in everything(t, fixed)]

@@ -55,7 +55,7 @@ class Worker:
     def bounded(self, number: int) -> Searched:
         """All candidates of a layout, by its number."""
         layout, found, refused, lacking = self.choices.layouts[number], [], 0, []
-        cuts, frames = self.choices.cuts(layout), {}
+        cuts, asked = self.choices.cuts(layout), {False: [], True: []}
         for shape in self.choices.shapes(layout):
             fitting = []
             for cut in cuts:
@@ -69,9 +69,9 @@ class Worker:
                 else:
                     fitting.append(cut)
             if fitting:
-                if shape.hierarchical not in frames:
-                    frames[shape.hierarchical] = Frames(self.stand, shape)
-                found += bounds(self.stand, frames[shape.hierarchical], shape, fitting)
+                asked[shape.hierarchical].append((shape, fitting))
+        for some in filter(None, asked.values()):
+            found += bounds(self.stand, Frames(self.stand, some[0][0]), some)
         return Searched(found, refused, min(lacking, key=lambda x: (x[1].over, x[0].name), default=None))
 
     def tried(self, c: Candidate) -> Outcome:

@@ -33,7 +33,20 @@ class Stand:
         self.alike = lru_cache(maxsize=None)(lambda layout: alike(layout, self.network, [0] * layout.dp))
         self.seats = lru_cache(maxsize=64)(self._seats)
         self.rounds = lru_cache(maxsize=None)(self._rounds)
+        self.known: dict = {}
         self.even = float(np.ptp(told.share_le)) < 1e-12  # layers and experts are alike
+
+    def once(self, key, make):
+        """What make() gave for this key the first time."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+    def pattern(self, ranks: list[int]) -> bytes:
+        """The same for ranks that lie on nodes, links and switches alike."""
+        network = self.network
+        tables = [network.node_r, *(kind.link_r for kind in network.kinds), *network.group_ir]
+        return b"".join(np.unique(table_r[ranks], return_inverse=True)[1].astype(np.int32).tobytes() for table_r in tables)
 
     def _durations(self, tp: int) -> Durations:
         told = self.told

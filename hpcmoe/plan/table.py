@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcmoe.config import to_dict
-from hpcmoe.plan.candidates import Candidate, Choices, job_of
+from hpcmoe.plan.candidates import MOST_ROWS, Candidate, Choices, job_of
 from hpcmoe.plan.room import Room
 from hpcmoe.plan.search import split
 from hpcmoe.plan.trial import TERMS, Outcome
@@ -122,9 +122,13 @@ def _larger(answer, o: Outcome) -> str:
     over = Room(answer.told).needs(twice).over
     if over > 0:
         return f"memory: {size(over)} more than there is"
-    found = [x for x in answer.found.outcomes if x.candidate.shape._replace(rows=0) == shape._replace(rows=0) and x.candidate[1:] == c[1:]]
-    late = [x for x in found if answer.tpot_ms is not None and x.tpot_ms > answer.tpot_ms]
-    return f"TPOT {number(late[0].tpot_ms)} ms, above the limit" if late else "fits; no better by its bound, or simulated"
+    found = [b for b in answer.found.bounds if b.candidate[1:] == c[1:] and b.candidate.shape._replace(rows=0) == shape._replace(rows=0)]
+    if not found:
+        return f"steps of more than {MOST_ROWS:,} rows, or of run.batch_tokens: not tried"
+    least, most = min(b.tpot_ms for b in found), max(b.tokens_per_s_per_gpu for b in found)
+    if answer.tpot_ms is not None and least > answer.tpot_ms:
+        return f"TPOT of {number(least)} ms or more, above the limit"
+    return f"TPOT of {_ms(least)} ms or more, {number(most)} tokens/s per rank at most"
 
 
 # ---------------------------------------------------------------- JSON
