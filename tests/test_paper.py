@@ -145,7 +145,8 @@ def test_what_is_free_is_free(given):
 def test_the_committed_page_is_what_the_command_makes(given):
     """All but the long sections, and of those the fast parts. Where this fails: python -m hpcmoe paper --out docs/paper.md."""
     page = PAGE.read_text()
-    for part in (document.head(given, setup.command(arguments())), claims.assumption(given), claims.compared(given), document.constants(given)):
+    compared = claims.compared(given, claims.claims(given))
+    for part in (document.head(given, setup.command(arguments())), claims.assumption(given), *compared, document.constants(given)):
         assert part.rstrip() in page
     assert goal._ladder(given, claims.claims(given)[1]) in page and goal._bounds(given) in page
     key = (given.model.expert.f, 1024, 1.2)

@@ -9,7 +9,7 @@ from hpcmoe.paper import roofline
 from hpcmoe.paper.constants import ASSUMED, free, network, no_network
 from hpcmoe.paper.setup import BATCH, Setup, resized
 from hpcmoe.paper.steady import Case, Machine, Steady, steady
-from hpcmoe.paper.words import layout_name, ms, percent, rate, table, us
+from hpcmoe.paper.words import Section, layout_name, ms, percent, rate, table, us
 
 CLOSE, MOST = 0.10, 64.0  # figures that differ by no more agree; a factor that is turned up goes to MOST
 
@@ -92,8 +92,7 @@ def _sensitivity(setup: Setup) -> str:
 
 
 # ---------------------------------------------------------------- 2. the paper's table
-def compared(setup: Setup) -> str:
-    found = claims(setup)
+def compared(setup: Setup, found: list[Claim]) -> Section:
     rows = []
     for c in found:
         gpus = c.own.gpus
@@ -106,7 +105,7 @@ def compared(setup: Setup) -> str:
                  f"{proposal.own.tpot_s / base.own.tpot_s:.2f}", "", f"{theirs * base.own.gpus / proposal.own.gpus:.2f}",
                  f"{proposal.own.per_gpu / base.own.per_gpu:.2f}", ""])
     head = ["", "paper, tokens/s", "ours", "ratio", "paper, TPOT ms", "ours", "ratio", "paper, tokens/s per GPU", "ours", "batch / paper's TPOT"]
-    return f"""## 2. The paper's table
+    text = f"""## 2. The paper's table
 
 {BATCH:,} tokens per batch, one batch in flight, decode alone. Baseline: {layout_name(base.case.layout)}; proposal: {layout_name(proposal.case.layout)}.
 
@@ -122,6 +121,10 @@ The last column is what one batch in flight gives at the paper's TPOT: {_same(fo
 
 {_assumed(setup, found)}
 {setup.rests()}"""
+    told = " and ".join(f"{ms(c.own.tpot_s)} ms for the {c.name}, {c.own.tpot_s / c.tpot_s:.2f} of the paper's {ms(c.tpot_s)}" for c in found)
+    sheet = roofline.tpot_s(proposal.case, roofline.parts(proposal.case, setup.sheet, setup.ranks_per_node))
+    return Section(text, f"TPOT is {told}; a roofline of the proposal is {ms(sheet)} ms. Per GPU the proposal has {proposal.own.per_gpu / base.own.per_gpu:.2f} of the baseline's tokens/s "
+                   f"({theirs * base.own.gpus / proposal.own.gpus:.2f} in the paper).")
 
 
 def _same(found: list[Claim]) -> str:

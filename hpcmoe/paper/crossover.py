@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hpcmoe.paper.setup import GPUS, Setup, resized
 from hpcmoe.paper.steady import Case, Steady
-from hpcmoe.paper.words import layout_name, table
+from hpcmoe.paper.words import Section, layout_name, table
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.report.plots import Panel, plot_maps
 
@@ -75,7 +75,7 @@ def cells(setup: Setup, keys: list[tuple[int, int, float | None]]) -> list[Cell]
     return found
 
 
-def crossover(setup: Setup, pictures: Path) -> str:
+def crossover(setup: Setup, pictures: Path) -> Section:
     keys = [(f, tokens, skew) for skew in SKEWS for f in widths(setup) for tokens in TOKENS]
     cell = dict(zip(keys, cells(setup, keys)))
     names = contenders(setup.model.router.experts)
@@ -85,7 +85,7 @@ def crossover(setup: Setup, pictures: Path) -> str:
     plot_maps(panels, [c.name for c in names], [f"{t:,}" for t in TOKENS], [f"{f:,}" for f in widths(setup)], ("tokens in flight", "expert width"),
               pictures / "paper-crossover.svg")
     rows = [[_skew(skew), f"{f:,}", *[f"{cell[f, t, skew].winner}: {_ratio(cell[f, t, skew])}" for t in TOKENS]] for skew in SKEWS for f in widths(setup)]
-    return f"""## 5. Where one expert per GPU wins
+    text = f"""## 5. Where one expert per GPU wins
 
 {GPUS} GPUs each, as many tokens in flight over all replicas and stages, one batch on each stage (from {MANY:,} tokens also two on two lanes; the faster counts): so TPOT = tokens in
 flight / tokens per second, and who wins in one wins in the other. Whoever has several experts on a GPU has as many replicas of the model instead, seats planned for the load; weights of a GPU grow accordingly.
@@ -101,6 +101,9 @@ In every batch a GPU reads the weights of each expert that it has, so one expert
 longer than weights, that counts no more, and what counts is that fewer places per replica keep rows within a node.
 
 {setup.rests()}"""
+    won = [sum(cell[f, t, skew].winner in OURS for skew in SKEWS for f in widths(setup)) for t in TOKENS]
+    parts = [f"{count} at {t:,}" for count, t in zip(won, TOKENS)]
+    return Section(text, f"Of {len(SKEWS) * len(widths(setup))} widths and skews one expert per GPU wins {', '.join(parts)} tokens in flight.")
 
 
 def _skew(skew: float | None) -> str:

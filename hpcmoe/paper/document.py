@@ -33,9 +33,10 @@ def run(args) -> int:
 
 def document(setup: Setup, made_by: str, pictures: Path) -> str:
     """The page; draws its pictures."""
-    parts = [head(setup, made_by), assumption(setup), compared(setup), untapped(setup, claims(setup)[1], pictures), scaling(setup, pictures),
-             crossover(setup, pictures), constants(setup)]
-    return "\n".join(part.rstrip() + "\n" for part in parts)
+    found = claims(setup)
+    sections = [compared(setup, found), untapped(setup, found[1], pictures), scaling(setup, pictures), crossover(setup, pictures)]
+    short = "In short:\n\n" + "".join(f"- {section.short}\n" for section in sections)
+    return "\n".join(part.rstrip() + "\n" for part in (head(setup, made_by), short, assumption(setup), *(s.text for s in sections), constants(setup)))
 
 
 def head(setup: Setup, made_by: str) -> str:

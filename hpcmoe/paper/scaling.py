@@ -9,7 +9,7 @@ from typing import NamedTuple
 from hpcmoe.paper.constants import no_network
 from hpcmoe.paper.setup import BATCH, Setup, resized
 from hpcmoe.paper.steady import Case, Machine, Steady, clock_all
-from hpcmoe.paper.words import ms, percent, rate, table, us
+from hpcmoe.paper.words import Section, ms, percent, rate, table, us
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.report.plots import Series, plot_series
 
@@ -35,14 +35,14 @@ class Point(NamedTuple):
         return self.straight if way == WAYS[0] else self.aware
 
 
-def scaling(setup: Setup, pictures: Path) -> str:
+def scaling(setup: Setup, pictures: Path) -> Section:
     rows = BATCH // FROM
     fixed = {f"{rows} tokens per GPU in each batch": points(setup, lambda ep: rows * ep), f"{BATCH:,} tokens in each batch": points(setup, lambda ep: BATCH)}
     series = [Series(f"{words}, {way}", PLACES, [p.own(way).per_gpu / _at(found, FROM).own(way).per_gpu for p in found], "o" if way == WAYS[0] else "s", line)
               for (words, found), line in zip(fixed.items(), ("-", ":")) for way in WAYS]
     plot_series(series, ("EP: experts of a layer, and GPUs of a stage", f"tokens/s per GPU, of those at EP = {FROM}"), pictures / "paper-scaling.svg", logarithmic="x")
     text = "".join(f"\n{words[0].upper() + words[1:]}:\n\n{_table(found)}\n" for words, found in fixed.items())
-    return f"""## 4. Scaling from EP = {FROM}
+    text = f"""## 4. Scaling from EP = {FROM}
 
 As many experts in each layer as GPUs in a stage, {STAGES} stages of one layer, {STAGES} batches in flight, even load; the cluster's nodes as often as needed. Efficiency: tokens/s
 per GPU over that at EP = {FROM}. Network: the part of TPOT that goes where messages are free.
@@ -51,6 +51,9 @@ per GPU over that at EP = {FROM}. Network: the part of TPOT that goes where mess
 ![Efficiency over EP](pictures/paper-scaling.svg)
 
 {setup.rests()}"""
+    found = next(iter(fixed.values()))
+    parts = [f"{percent(found[-1].own(way).per_gpu / _at(found, FROM).own(way).per_gpu)} with rows {way}" for way in WAYS]
+    return Section(text, f"At {rows} tokens per GPU, EP = {found[-1].ep} has {' and '.join(parts)} of the tokens/s per GPU of EP = {FROM}.")
 
 
 def points(setup: Setup, tokens) -> list[Point]:

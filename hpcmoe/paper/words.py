@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 from hpcmoe.parallel.layout import Layout
+
+
+class Section(NamedTuple):
+    """Of the page; short: what it found, in a sentence or two."""
+
+    text: str
+    short: str
 
 
 def ms(seconds: float) -> str:
