@@ -48,7 +48,8 @@ class InsideTable:
 class NicTable:
     """Network adapters. per_node: adapters that a node's ranks share evenly, in their order; bandwidth_gb_per_s: of one;
     latency_us: of a small message between nodes; rank_gb_per_s: a rank's way to its adapter (PCIe); node_gb_per_s: all
-    of a node's adapters together; left out: no such limit. efficiency: the part of bandwidth that messages reach."""
+    of a node's adapters together; left out: no such limit. efficiency: the part of bandwidth that messages reach. announce_us: what messages of
+    more than announce_kib take longer, since an MPI asks first whether they may come (rendezvous)."""
 
     bandwidth_gb_per_s: float
     latency_us: float
@@ -56,6 +57,8 @@ class NicTable:
     rank_gb_per_s: float | None = None
     node_gb_per_s: float | None = None
     efficiency: float = 1.0
+    announce_us: float = 0.0
+    announce_kib: float = 16.0
 
 
 @dataclass(frozen=True)
