@@ -50,8 +50,14 @@ def test_shared_cores_are_max_min_fair(seed):
 
 
 def test_who_waits_takes_a_part_of_a_core_where_ranks_are_more_than_cores():
-    assert Machine(4, 2, 2.0, 0.1).share(2) == pytest.approx(2.0 / 2.2) and Machine(4, 2, 2.0, 0.1).share(4) == 0.5
-    assert Machine(2, 2, 2.0, 0.1).share(1) == 1.0 and Machine(2, 2, 1.8, 0.1).share(2) == 0.9
+    """Looks of 40 us between pauses of 260 us; and of 0 us."""
+    assert Machine(4, 2, 2.0, 40e-6).share(2) == pytest.approx(2.0 / (2 + 2 * 40 / 300)) and Machine(4, 2, 2.0, 40e-6).share(4) == 0.5
+    assert Machine(2, 2, 2.0, 40e-6).share(1) == 1.0 and Machine(2, 2, 1.8, 40e-6).share(2) == 0.9
+    cores = Cores([Machine(3, 1, 1.0)])
+    cores.start(0.0, 0, 1.0, first := object())
+    cores.start(0.0, 0, 5.0, second := object())
+    cores.drop(1.0, 0, second)  # the first has had half a second, and the core to itself from now on
+    assert cores.next_end() == (1.5, 0) and cores.end(1.5, 0) is first and cores.next_end() is None
 
 
 def test_a_waiting_rank_looks_as_the_engine_does():
@@ -79,7 +85,7 @@ def test_ranks_on_one_core_take_turns(tmp_path):
 
 def test_bad_cores_are_named(tmp_path):
     for words, line in (("cores.together = 3.0: expected at most cores.per_node = 2", "per_node = 2\ntogether = 3.0"),
-                        ("cores.poll = 1.5: expected a part", "per_node = 2\ntogether = 2.0\npoll = 1.5"),
+                        ("cores.look_us = -1.0", "per_node = 2\ntogether = 2.0\nlook_us = -1.0"),
                         ("cores.per_node = 0", "per_node = 0\ntogether = 2.0")):
         (tmp_path / "c.toml").write_text(CLUSTER + f"[cores]\n{line}\n")
         with pytest.raises(UserError, match=words):
@@ -219,7 +225,7 @@ def test_links_of_this_machine(tmp_path):
     assert done.rc == 2 and "one rank only" in done.err and not out.exists()
     run_ranks(2, command, timeout=120).check()
     c = read_cluster(out, simulate=True)
-    assert c.cores.per_node == len(os.sched_getaffinity(0)) and 0.3 < c.cores.together <= c.cores.per_node and 0 <= c.cores.poll < 1
+    assert c.cores.per_node == len(os.sched_getaffinity(0)) and 0.3 < c.cores.together <= c.cores.per_node and 0 < c.cores.look_us < 1e4
     assert 0.001 < c.inside.rank_gb_per_s < 1000 and c.mpi.message_us < 1e4 and c.ranks == 16
     done = simulate(told(out, 2, [(2, 2)] * 4))
     assert done.records[0].run_s > 0
@@ -237,9 +243,9 @@ def test_bytes_between_nodes_are_those_that_the_engine_counts(tmp_path):
     out, cluster = tmp_path / "m.json", tmp_path / "links.toml"
     run_ranks(4, ["-m", "mpi4py", str(ROOT / "tests/benchmarks/links.py"), "--measure", str(out), "--rows", "3,8", "--top-k", "2,4", "--d", "16", "--repeats", "1"],
               env={"HPCMOE_RANKS_PER_NODE": "2", "PYTHONPATH": str(ROOT)}).check()
-    links.link_file(cluster, 2, 2, 200.0, 1.0, links.INSIDE)
-    found = links.predict(cluster, measured(out), 16)
-    assert len(found) == 12 and all(f["bytes_between"] == f["bytes_between_predicted"] > 0 for f in found)
+    cluster.write_text(CLUSTER.replace("ranks_per_node = 4", "ranks_per_node = 2").replace("per_node = 4\nband", "per_node = 2\nband"))
+    found = links.predict({"shaped": cluster}, measured(out), 16)
+    assert len(found) == 12 and all(f["bytes_between"] == f["bytes_between_predicted"] > 0 and f["shaped"] > 0 for f in found)
 
 
 @pytest.mark.mpi
@@ -252,8 +258,8 @@ def test_exchanges_on_shaped_links(tmp_path):
         pytest.skip("the test bed of several hosts wants root")
     args = type("Args", (), dict(hosts=[2], ranks=2, rate_mbit=50.0, delay_ms=1.0, rows=[32], top_k=[8], experts=16, d=512, repeats=3))
     try:
-        found = links.compare(links.Bed(str(BED)), args, links.INSIDE)
+        found = links.compare(links.Bed(str(BED)), args)
     except RuntimeError as error:
         pytest.skip(f"the test bed of several hosts does not start: {error}")
     for f in found:
-        assert f["bytes_between"] == f["bytes_between_predicted"] and 0.8 < f["measured_ms"] / f["predicted_ms"] < 3, f
+        assert f["bytes_between"] == f["bytes_between_predicted"] and 0.8 < f["measured_ms"] / f["shaped"] < 4, f

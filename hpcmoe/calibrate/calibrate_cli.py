@@ -184,11 +184,11 @@ def _links(args) -> int:
     comm = launch.start_mpi().COMM_WORLD
     from hpcmoe.calibrate.links import measure_links
     from hpcmoe.parallel.watched import Watched
-    from hpcmoe.parallel.world import on_root
+    from hpcmoe.parallel.world import node_names, on_root
     watched = Watched(comm)
     calibration = on_root(watched, _check_links, args)
     found = measure_links(watched, calibration, print if comm.rank == 0 else lambda text: None)
-    on_root(watched, _write_links, args, found, watched)
+    on_root(watched, _write_links, args, found, comm.size, len(set(node_names(watched))))
     return EXIT_OK
 
 
@@ -200,7 +200,7 @@ def _check_links(args):
     return read_calibration(args.calibration)
 
 
-def _write_links(args, found, comm) -> None:
+def _write_links(args, found, ranks: int, nodes: int) -> None:
     import datetime
     import os
 
@@ -211,8 +211,8 @@ def _write_links(args, found, comm) -> None:
     gemm = read_calibration(args.calibration).gemm
     beside = os.path.relpath(os.path.abspath(args.calibration), os.path.dirname(os.path.abspath(args.output)))
     load = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
-    source = f"hpcmoe calibrate links on {comm.size} ranks, {datetime.date.today().isoformat()}, {load}"
-    text = cluster_toml(found, args.name, 1, args.ranks_per_node, memory.available() / args.ranks_per_node / 2**30,
+    source = f"hpcmoe calibrate links on {ranks} ranks of {nodes} node(s), {datetime.date.today().isoformat()}, {load}"
+    text = cluster_toml(found, args.name, nodes, args.ranks_per_node, memory.available() / args.ranks_per_node / 2**30,
                         gemm.units * gemm.unit_gflop_per_s / 1e3, beside, source)
     with replacing(args.output) as path, open(path, "w", encoding="utf-8") as file:
         file.write(text)

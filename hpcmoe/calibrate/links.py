@@ -7,6 +7,7 @@ takes before it waits.
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Callable, NamedTuple
 
@@ -20,14 +21,18 @@ from hpcmoe.errors import UserError
 from hpcmoe.parallel.flat import Flags
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.ops import Op
+from hpcmoe.parallel.polling import YIELDS
 
 ROWS, WIDTHS, ROUNDS = (1, 16, 128), (64, 256, 1024), 30
-WORK_S, PAUSE_S, PAUSES = 0.15, 0.01, 20
+BETWEEN, TRIPS = (64, 64 << 10, 256 << 10, 1 << 20), 7  # bytes
+ANNOUNCED_KIB = 16.0  # about where MPIs announce a message before they send it
+WORK_S = 0.15
 
 
 class Links(NamedTuple):
     """Of a node: us of a message's and of an exchange's host, of the rest of a small exchange; GB/s of a rank; cores, and what they carry
-    together; the part of a core that a rank takes while it waits. Between nodes: us, GB/s; 0 where there is one."""
+    together; us of a look of a waiting rank. Between nodes:
+    us of a small message, us that a large one takes more, GB/s of a node; 0 where there is one."""
 
     message_us: float
     exchange_us: float
@@ -35,8 +40,9 @@ class Links(NamedTuple):
     rank_gb_per_s: float
     cores: int
     together: float
-    poll: float
+    look_us: float
     nic_us: float = 0.0
+    announce_us: float = 0.0
     nic_gb_per_s: float = 0.0
 
 
@@ -52,11 +58,11 @@ def measure_links(comm, c: Calibration, tell: Callable[[str], None]) -> Links:
     message_us = _message_us(node)
     host_us, (rest_us, gb_per_s) = _host_us(node, c), _exchanges(node, cores)
     tell(f"exchanges of {node.size} ranks: host {host_us:.3g} us, the rest of a small one {rest_us:.3g} us, {gb_per_s:.3g} GB/s from a rank")
-    together, poll = _together(node, cores), _poll(node)
-    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; a waiting rank takes {poll:.2g} of a core where ranks are more than cores")
-    nic_us, nic_gb_per_s = _between(comm, hosts) if len(hosts) > 1 else (0.0, 0.0)
+    together, look_us = _together(node, cores), _look_us(node)
+    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; {look_us:.3g} us each time that a waiting rank looks")
+    between = _between(comm, names, cores) if len(hosts) > 1 else (0.0, 0.0, 0.0)
     exchange_us = max(0.0, host_us - 2 * (node.size - 1) * message_us)
-    found = Links(message_us, exchange_us, rest_us, gb_per_s, cores, together, poll, nic_us, nic_gb_per_s)
+    found = Links(message_us, exchange_us, rest_us, gb_per_s, cores, together, look_us, *between)
     return comm.bcast(Links(*(float(f"{x:.4g}") for x in found))._replace(cores=cores))
 
 
@@ -172,37 +178,55 @@ def _quiet(comm) -> None:
         time.sleep(0.002)
 
 
-def _poll(comm) -> float:
-    """CPU time over time of a rank that waits as crowded ranks do."""
-    from hpcmoe.parallel.handle import Handle, Waiter
-    wait, shares, message = Waiter(True), [], np.zeros(1)
-    for _ in range(PAUSES):
+def _look_us(comm) -> float:
+    """CPU time of one look of a rank that waits as crowded ranks do."""
+    from hpcmoe.parallel.handle import Handle
+    message, looks = np.zeros(1), []
+    for _ in range(ROUNDS):
+        handle = Handle(lambda: [comm.Irecv(message, (comm.rank - 1) % comm.size, 5)])
         comm.Barrier()
-        if comm.rank == 0:
-            time.sleep(PAUSE_S)
-            for other in range(1, comm.size):
-                comm.Send(message, other, 5)
-            continue
-        cpu, start = time.thread_time(), time.monotonic()
-        wait(Handle(lambda: [comm.Irecv(message, 0, 5)]), "a message")
-        shares.append((time.thread_time() - cpu) / (time.monotonic() - start))
-    every = [share for mine in comm.allgather(shares) for share in mine]
-    return float(np.median(every))
+        start = time.thread_time()
+        for _ in range(YIELDS):
+            handle.test()
+            os.sched_yield()
+        looks.append((time.thread_time() - start) / YIELDS)
+        comm.Barrier()
+        comm.Send(message, (comm.rank + 1) % comm.size, 5)
+        while not handle.test():
+            pass
+    return _median(comm, looks)
 
 
-def _between(comm, hosts: list[str]) -> tuple[float, float]:
-    """(us, GB/s) of a message between nodes: medians over their pairs."""
-    from hpcmoe.cluster.discover import discover
-    machine = discover(comm, lambda text: None)
-    return 1e6 * machine.latency_s, float(np.median(machine.bandwidth_n)) / 1e9
+def _between(comm, names: list[str], cores: int) -> tuple[float, float, float]:
+    """(us of a small message, us that a large one takes more, GB/s of a node) between nodes: every rank sends to its like on the next node while
+    it hears from the one before, as in an exchange; medians of the slowest rank."""
+    from hpcmoe.parallel.handle import Handle, Waiter
+    hosts = list(dict.fromkeys(names))
+    within = [[r for r, name in enumerate(names) if name == host] for host in hosts]
+    node = hosts.index(names[comm.rank])
+    place = within[node].index(comm.rank)
+    after, before = (within[(node + step) % len(hosts)][place % len(within[(node + step) % len(hosts)])] for step in (1, -1))
+    wait, seconds = Waiter(len(within[node]) > cores // len(hosts)), []
+    for nbytes in BETWEEN:
+        out, back, times = np.ones(nbytes, np.uint8), np.empty(nbytes, np.uint8), []
+        for _ in range(TRIPS):
+            comm.Barrier()
+            start = time.monotonic()
+            wait(Handle(lambda: [comm.Irecv(back, before, 7), comm.Isend(out, after, 7)]), "a message between nodes")
+            times.append(time.monotonic() - start)
+        seconds.append(float(np.median(np.max(comm.allgather(times), axis=0))))
+    rate = (BETWEEN[-1] - BETWEEN[-2]) / max(seconds[-1] - seconds[-2], 1e-9)  # bytes/s of a rank, beside the others of its node
+    large = float(np.mean([s - n / rate for n, s in zip(BETWEEN[1:], seconds[1:])]))
+    return 1e6 * seconds[0], max(0.0, 1e6 * (large - seconds[0])), 1e-9 * rate * len(within[node])
 
 
 def cluster_toml(links: Links, name: str, nodes: int, ranks_per_node: int, memory_gib: float, tflop_per_s: float, calibration: str, source: str) -> str:
     """A cluster file's text."""
-    nic = f"[nic]\nper_node = 1\nbandwidth_gb_per_s = {links.nic_gb_per_s}\nlatency_us = {links.nic_us}\n\n" if nodes > 1 else ""
+    nic = f"[nic]\nper_node = 1\nbandwidth_gb_per_s = {links.nic_gb_per_s}\nlatency_us = {links.nic_us}\n" \
+          f"announce_us = {links.announce_us}\nannounce_kib = {ANNOUNCED_KIB}\n\n" if nodes > 1 else ""
     return (f"# {source}\nname = {json.dumps(name)}\ncalibration = {json.dumps(calibration)}\n\n"
             f"[nodes]\ncount = {nodes}\nranks_per_node = {ranks_per_node}\n\n"
             f"[rank]\nmemory_gib = {memory_gib:.4g}\ntflop_per_s = {tflop_per_s:.4g}\n\n"
             f"[inside]\nrank_gb_per_s = {links.rank_gb_per_s}\nlatency_us = {links.latency_us}\n\n{nic}"
             f"[mpi]\nmessage_us = {links.message_us}\nexchange_us = {links.exchange_us}\n\n"
-            f"[cores]\nper_node = {links.cores}\ntogether = {links.together}\npoll = {links.poll}\n")
+            f"[cores]\nper_node = {links.cores}\ntogether = {links.together}\nlook_us = {links.look_us}\n")

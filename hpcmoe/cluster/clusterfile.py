@@ -50,7 +50,8 @@ class InsideTable:
 class NicTable:
     """Network adapters. per_node: adapters that a node's ranks share evenly, in their order; bandwidth_gb_per_s: of one;
     latency_us: of a small message between nodes; rank_gb_per_s: a rank's way to its adapter (PCIe); node_gb_per_s: all
-    of a node's adapters together; left out: no such limit. efficiency: the part of bandwidth that messages reach."""
+    of a node's adapters together; left out: no such limit. efficiency: the part of bandwidth that messages reach. announce_us: what messages of
+    more than announce_kib take longer, since an MPI asks first whether they may come (rendezvous)."""
 
     bandwidth_gb_per_s: float
     latency_us: float
@@ -58,6 +59,8 @@ class NicTable:
     rank_gb_per_s: float | None = None
     node_gb_per_s: float | None = None
     efficiency: float = 1.0
+    announce_us: float = 0.0
+    announce_kib: float = 16.0
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ class MpiTable:
 @dataclass(frozen=True)
 class CoresTable:
     """Of a node whose ranks are CPU cores: per_node: how many there are; together: how much they carry all at once, in cores that
-    are alone (less than per_node where they take memory from each other); poll: the part of a core that a rank takes while it
-    waits, where ranks are more than cores."""
+    are alone (less than per_node where they take memory from each other); look_us: of a core, each time that a waiting
+    rank looks whether it can go on (parallel/polling.py), where ranks are more than cores."""
 
     per_node: int
     together: float
-    poll: float = 0.0
+    look_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,11 @@ def _check_numbers(where: str, table: str, values: dict) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        low = name.endswith("_us") or name == "poll"
+        low = name.endswith("_us")
         if not (0 < value < float("inf") or (low and value == 0)):
             raise at(where, f"{table}.{name}", value, f"a number {'>=' if low else '>'} 0")
-        if name in ("efficiency", "poll") and value > 1:
-            raise at(where, f"{table}.{name}", value, f"a part: {'at least' if low else 'above'} 0, at most 1")
+        if name == "efficiency" and value > 1:
+            raise at(where, f"{table}.{name}", value, "a part: above 0, at most 1")
 
 
 def _check_shape(where: str, c: ClusterFile) -> None:

@@ -126,7 +126,7 @@ class Network:
         some_rr = bytes_rr > 0
         messages = (some_rr.sum(axis=0) + some_rr.sum(axis=1)).max(initial=0)
         reaches = [reach for reach in self._reaches() if (some_rr & self._crosses(reach, ranks)).any()]
-        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches))
+        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches, (bytes_rr * self._crosses(NODES, ranks)).max(initial=0)))
 
     def product(self, ranks, send_r, share_r) -> Exchange:
         """The exchange in which ranks[i] sends send_r[i] * share_r[j] bytes to ranks[j]; in time linear in the ranks.
@@ -141,7 +141,7 @@ class Network:
         sends, gets = (send_r > 0).astype(float), (share_r > 0).astype(float)
         messages = (sends * (gets.sum() - gets) + gets * (sends.sum() - sends)).max(initial=0)
         reaches = [reach for reach in self._reaches() if (sends * self._partners(reach, ranks, gets)).any()]
-        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches))
+        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches, send_r.max(initial=0) * share_r.max(initial=0)))
 
     def pairs(self, sender_i, receiver_i, bytes_i) -> Exchange:
         """The exchange of messages i, each of bytes_i[i] > 0 from one rank to another (those between a rank and itself, or of no
@@ -156,7 +156,7 @@ class Network:
             self._book(load_l, kind, ranks, bytes_i * crosses[kind.reach])
         reaches = [reach for reach, crosses_i in crosses.items() if crosses_i.any()]
         messages = np.bincount(np.concatenate([sender_i, receiver_i])).max(initial=0)
-        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches))
+        return Exchange(load_l, self._host_s(messages), self._latency_s(reaches, bytes_i.max(initial=0)))
 
     def _apart(self, reach: int, sender_i, receiver_i) -> np.ndarray:
         """Which messages use links of this reach: bool [i]."""
@@ -186,11 +186,13 @@ class Network:
     def _reaches(self) -> list[int]:
         return [INSIDE, NODES, *range(len(self.group_ir))]
 
-    def _latency_s(self, reaches: list[int]) -> float:
-        """Of the farthest message: between nodes, and what each level of switches that it passes adds."""
+    def _latency_s(self, reaches: list[int], largest: float) -> float:
+        """Of the farthest message: between nodes, and what each level of switches that it passes adds; largest: bytes of a message, which may
+        have to be announced."""
         c = self.cluster
         inside = c.inside.latency_us if INSIDE in reaches and c.inside else 0.0
-        outside = c.nic.latency_us + sum(c.switch[i].latency_us for i in reaches if i >= 0) if NODES in reaches else 0.0
+        announced = c.nic.announce_us if c.nic and largest > 1024 * c.nic.announce_kib else 0.0
+        outside = c.nic.latency_us + announced + sum(c.switch[i].latency_us for i in reaches if i >= 0) if NODES in reaches else 0.0
         return max(inside, outside) * 1e-6
 
     def _host_s(self, messages: float) -> float:

@@ -6,7 +6,8 @@ its bytes share links with whatever else is on its way (cluster/fair.py), and it
 engine an op is posted where it stands and awaited where it is needed.
 
 Ranks that share the cores of a node are crews of one each: what they do is a job on these cores (cores.py), and takes as long as its
-share of them says; where they are more than the cores, a rank that waits looks only now and then (parallel/polling.py).
+share of them says; where they are more than the cores, a rank that waits looks a few times, which is such a job too, and then only now and
+then (parallel/polling.py).
 
 Nothing comes too late: crews run until each waits for an exchange that is not over; the earliest begin or end among exchanges
 is then the next thing to happen anywhere, since whatever is posted from now on is posted after it.
@@ -23,7 +24,7 @@ import numpy as np
 
 from hpcmoe.cluster.fair import Wire
 from hpcmoe.parallel.ops import Op, Step
-from hpcmoe.parallel.polling import woken_s
+from hpcmoe.parallel.polling import YIELDS, woken_s
 from hpcmoe.parallel.schedule import Role
 from hpcmoe.simulate.cores import Cores
 
@@ -81,6 +82,8 @@ class Crew:
         self.group, self.role, self.program, self.rounds, self.doing = group, role, program, rounds, doing
         self.sync_s, self.trace, self.watched, self.node = sync_s, trace, watched, node
         self.job: tuple[Op, Doing, np.ndarray] | None = None  # on shared cores: what it is at, and since when
+        self.looking = 0         # number of the event that begins its looks, while it waits
+        self.asleep_s = -1.0     # since when it looks with pauses
         self.now, self.device = np.zeros(ranks), np.zeros(ranks)
         self.made: dict[int, np.ndarray] = {}  # by micro-batch: when the device's last work on it is done
         self.round = self.at = self.need = 0
@@ -135,7 +138,7 @@ class Clock:
         self.starting: list[tuple[float, int, Hashable]] = []  # exchanges, and crews with a job
         self.waiting: dict[Hashable, list[Crew]] = {}
         self.runnable = deque(crews)
-        self.number = 0
+        self.number, self.now = 0, 0.0
 
     def run(self) -> None:
         """Until every crew has done its rounds. Raises ValueError for a schedule that does not come to its end."""
@@ -174,12 +177,18 @@ class Clock:
         if key is not None:
             if key not in self.over_s:
                 self.waiting.setdefault(key, []).append(crew)
+                if self._crowded(crew):
+                    crew.looking, crew.asleep_s = self._start(crew), -1.0
                 return False
             ready = self.over_s[key]
         del crew.pending[need]
         end = np.maximum(crew.now, ready)
-        if crew.node is not None and self.cores.machines[crew.node].crowded:
-            end = np.array([woken_s(float(crew.now[0]), float(end[0]))])
+        if crew.looking:
+            if crew.asleep_s >= 0:
+                end = np.array([woken_s(crew.asleep_s, float(end[0]))])
+            else:
+                self.cores.drop(self.now, crew.node, crew)
+            crew.looking = 0
         crew._note(need, crew.now, end, True)
         crew.now = end
         return True
@@ -187,8 +196,16 @@ class Clock:
     def _begin_job(self, crew: Crew, op: Op) -> None:
         """An op on shared cores: it ends when these have had the time for it."""
         crew.job = op, crew.doing(crew.round, op), crew.now
+        self._start(crew)
+
+    def _start(self, crew: Crew) -> int:
+        """What a crew does on shared cores next begins when it has come so far; the number of that event."""
         self.number += 1
         heapq.heappush(self.starting, (float(crew.now[0]), self.number, crew))
+        return self.number
+
+    def _crowded(self, crew: Crew) -> bool:
+        return crew.node is not None and self.cores.machines[crew.node].crowded
 
     def _done(self, crew: Crew, op: Op, doing: Doing, start: np.ndarray, end: np.ndarray) -> None:
         """An op is done by its host; the crew goes on to the next one."""
@@ -242,22 +259,38 @@ class Clock:
         due, job = self.wire.next_end(), self.cores.next_end()
         start_s = self.starting[0][0] if self.starting else math.inf
         if due is not None and due[0] <= min(start_s, job[0] if job else math.inf):
-            now, key = due
+            self.now, key = due
             self.wire.end(key)
             leg, *self.legs[key] = self.legs[key]
-            self._next_leg(key, now + leg.latency_s)
+            self._next_leg(key, self.now + leg.latency_s)
         elif job is not None and job[0] <= start_s:
-            crew = self.cores.end(*job)
-            self._done(crew, *crew.job, np.array([job[0]]))
-            self.runnable.append(crew)
+            self.now = job[0]
+            self._job_done(self.cores.end(*job))
         elif self.starting:
-            now, _, key = heapq.heappop(self.starting)
+            self.now, number, key = heapq.heappop(self.starting)
             if isinstance(key, Crew):
-                doing = key.job[1]
-                self.cores.start(now, key.node, float(np.ravel(doing.host_s + doing.post_s)[0]), key)
+                self._job_begins(key, number)
             else:
                 leg = self.legs[key][0]
-                self.wire.start(now, key, leg.load_l, leg.messages)
+                self.wire.start(self.now, key, leg.load_l, leg.messages)
         else:
             return False
         return True
+
+    # ------------------------------------------------------------ jobs on shared cores
+    def _job_begins(self, crew: Crew, number: int) -> None:
+        """An op, or a waiting rank's first looks, unless it has stopped waiting."""
+        if crew.job:
+            doing = crew.job[1]
+            self.cores.start(self.now, crew.node, float(np.ravel(doing.host_s + doing.post_s)[0]), crew)
+        elif crew.looking == number:
+            self.cores.start(self.now, crew.node, YIELDS * self.cores.machines[crew.node].look_s, crew)
+
+    def _job_done(self, crew: Crew) -> None:
+        """An op is done and the crew goes on; or it has looked often enough, and from now on pauses."""
+        if crew.job:
+            (op, doing, start), crew.job = crew.job, None
+            self._done(crew, op, doing, start, np.array([self.now]))
+            self.runnable.append(crew)
+        else:
+            crew.asleep_s = self.now

@@ -10,15 +10,17 @@ from __future__ import annotations
 import heapq
 from typing import Hashable, NamedTuple
 
+from hpcmoe.parallel.polling import LATE_S, PAUSE_S
+
 
 class Machine(NamedTuple):
-    """The cores of a node. ranks: that share them; cores: how many; together: seconds of work that they carry in a second; poll: the part of a
-    core that a rank takes while it waits."""
+    """The cores of a node. ranks: that share them; cores: how many; together: seconds of work that they carry in a second; look_s: of the
+    core, each time that a waiting rank looks whether it can go on."""
 
     ranks: int
     cores: int
     together: float
-    poll: float = 0.0
+    look_s: float = 0.0
 
     @property
     def crowded(self) -> bool:
@@ -26,11 +28,13 @@ class Machine(NamedTuple):
 
     def share(self, busy: int) -> float:
         """Of a core, for each of so many busy ranks."""
-        return min(1.0, self.together / (busy + self.poll * (self.ranks - busy) * self.crowded))
+        asleep = self.look_s / (self.look_s + PAUSE_S + LATE_S) * (self.ranks - busy) * self.crowded
+        return min(1.0, self.together / (busy + asleep))
 
 
 class Cores:
-    """Jobs on the cores of nodes as time goes by. start() puts one on, next_end() says which ends next, end() takes it off; times never go back."""
+    """Jobs on the cores of nodes as time goes by. start() puts one on, next_end() says which ends next, end() takes it off, drop() one that is not
+    done; times never go back."""
 
     def __init__(self, machines: list[Machine]):
         self.machines = machines
@@ -60,3 +64,9 @@ class Cores:
         """Takes the job off that next_end() named; its key."""
         self._advance(node, now)
         return heapq.heappop(self.jobs[node])[2]
+
+    def drop(self, now: float, node: int, key: Hashable) -> None:
+        """Takes a job off that need not be done any more."""
+        self._advance(node, now)
+        self.jobs[node] = [job for job in self.jobs[node] if job[2] is not key]
+        heapq.heapify(self.jobs[node])

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/links.py --bed ../shared/testbed/netns/cluster.sh --hosts 2,4 --rate-mbit 200 --delay-ms 1
 
-For each number of hosts the bed is brought up, and a layer's exchanges (counts, dispatch, experts that cost nothing, combine, merge) are
-timed on --ranks of each by every transport (parallel/trial.py), median of the slowest rank. The link file has the bed's own numbers, and
-of what passes inside a host those that were measured there with the links unused (calibrate links). Nothing is fitted to the times.
+For each number of hosts the bed is brought up, `hpcmoe calibrate links` measures pings between hosts and exchanges within one, and a layer's
+exchanges (counts, dispatch, experts that cost nothing, combine, merge) are timed on --ranks of each by every transport (parallel/trial.py),
+median of the slowest rank. Predictions are made from the link file that was measured, and from one that has the bed's own shaping numbers
+for what passes between hosts. Nothing is fitted to the exchanges.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 PAYLOAD = 0.94     # of an Ethernet frame of 1,538 bytes on the wire: 1,448 bytes of TCP
 SWITCH_US = 75.0   # the bed's user-space switch adds 50 to 100 us (its README)
+CALIBRATION = ROOT / "inputs" / "calibrations" / "demo_core.toml"  # its ops' times are taken off where the engine's are measured
 TRANSPORTS = ("ialltoallv", "pairwise", "hierarchical")
 
 
@@ -70,65 +73,60 @@ class Bed:
 
     def run(self, ranks: int, *arguments: str) -> str:
         mpiexec = Path(sys.prefix, "bin", "mpiexec")
-        return self("run", str(ranks), "--timeout", "300", "--mpiexec", str(mpiexec), sys.executable, "-m", "mpi4py", *arguments)
+        return self("run", str(ranks), "--timeout", "300", "--mpiexec", str(mpiexec), sys.executable, *arguments)
 
 
-def link_file(path: Path, hosts: int, ranks: int, rate_mbit: float, delay_ms: float, inside: dict) -> None:
-    """The bed as a cluster file."""
-    path.write_text(f"""name = "{hosts} hosts, {rate_mbit:g} Mbit/s, {delay_ms:g} ms"
-[nodes]
-count = {hosts}
-ranks_per_node = {ranks}
-[rank]
-memory_gib = 1.0
-tflop_per_s = 0.1
-[inside]
-rank_gb_per_s = {inside["rank_gb_per_s"]}
-latency_us = {inside["latency_us"]}
-[nic]
-bandwidth_gb_per_s = {rate_mbit / 8e3}
-efficiency = {PAYLOAD}
-latency_us = {1e3 * delay_ms + SWITCH_US}
-[mpi]
-message_us = {inside["message_us"]}
-exchange_us = {inside["exchange_us"]}
-""")
+def shaped(measured: str, rate_mbit: float, delay_ms: float) -> str:
+    """The link file that was measured, with the bed's own numbers between hosts."""
+    wanted = {"bandwidth_gb_per_s": f"{rate_mbit / 8e3}\nefficiency = {PAYLOAD}", "latency_us": str(1e3 * delay_ms + SWITCH_US),
+              "announce_us": str(2e3 * delay_ms)}
+    head, between, rest = re.split(r"(?m)^(\[nic\]\n(?:.+\n)+)", measured)
+    for key, value in wanted.items():
+        between = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", between)
+    return head + between + rest
 
 
-def predict(cluster: Path, measured: dict, d: int) -> list[dict]:
-    """Every case and transport: measured and predicted ms, and bytes between nodes."""
+def predict(links: dict[str, Path], measured: dict, d: int) -> list[dict]:
+    """Every case and transport: measured ms, and bytes between nodes; predicted ones from each of the link files."""
     from hpcmoe.cluster.clusterfile import read_cluster
     from hpcmoe.cluster.layer import between_bytes, flat_layer, hierarchical_layer
     from hpcmoe.cluster.network import Network
-    network, found = Network(read_cluster(cluster), measured["node_of_rank"]), []
+    networks, found = {name: Network(read_cluster(path), measured["node_of_rank"]) for name, path in links.items()}, []
     for case in measured["cases"]:
         choices = [np.array(tk) for tk in case["choices"]]
         for name in TRANSPORTS:
-            exchanges = (hierarchical_layer if name == "hierarchical" else flat_layer)(network, choices, measured["owner_e"], 4.0 * d, 4.0 * d)
-            found.append({"hosts": len(set(measured["node_of_rank"])), "top_k": case["top_k"], "rows": case["rows"], "transport": name,
-                          "measured_ms": 1e3 * case["seconds"][name], "predicted_ms": 1e3 * sum(map(network.seconds, exchanges)),
-                          "bytes_between": case["bytes_between"][name], "bytes_between_predicted": between_bytes(network, exchanges)})
+            layer = hierarchical_layer if name == "hierarchical" else flat_layer
+            row = {"hosts": len(set(measured["node_of_rank"])), "top_k": case["top_k"], "rows": case["rows"], "transport": name,
+                   "measured_ms": 1e3 * case["seconds"][name], "bytes_between": case["bytes_between"][name]}
+            for links_name, network in networks.items():
+                exchanges = layer(network, choices, measured["owner_e"], 4.0 * d, 4.0 * d)
+                row |= {links_name: 1e3 * sum(map(network.seconds, exchanges)), "bytes_between_predicted": between_bytes(network, exchanges)}
+            found.append(row)
     return found
 
 
-def compare(bed: Bed, args, inside: dict) -> list[dict]:
+def compare(bed: Bed, args) -> list[dict]:
     found, options = [], [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in (
         ("rows", args.rows), ("top-k", args.top_k), ("experts", args.experts), ("d", args.d), ("repeats", args.repeats))]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for hosts in args.hosts:
             bed("up", str(hosts), "--rate", f"{args.rate_mbit:g}mbit", "--delay", f"{args.delay_ms:g}ms")
             try:
-                out = Path(folder, "measured.json")
-                bed.run(args.ranks, str(Path(__file__).resolve()), "--measure", str(out), *options)
+                bed.run(args.ranks, "-m", "hpcmoe", "calibrate", "links", "--calibration", str(CALIBRATION), "--output", str(folder / "measured.toml"),
+                        "--ranks-per-node", str(args.ranks))
+                bed.run(args.ranks, "-m", "mpi4py", str(Path(__file__).resolve()), "--measure", str(folder / "measured.json"), *options)
             finally:
                 bed("down")
-            cluster = Path(folder, "links.toml")
-            link_file(cluster, hosts, args.ranks, args.rate_mbit, args.delay_ms, inside)
-            found += predict(cluster, json.loads(out.read_text()), args.d)
+            text = (folder / "measured.toml").read_text()
+            (folder / "shaped.toml").write_text(shaped(text, args.rate_mbit, args.delay_ms))
+            print(f"# {hosts} hosts: " + " ".join(re.findall(r"(?m)^\w+_(?:us|gb_per_s) = .*$", text)), file=sys.stderr)
+            found += predict({"shaped": folder / "shaped.toml", "measured": folder / "measured.toml"}, json.loads((folder / "measured.json").read_text()), args.d)
     return found
 
 
-INSIDE = {"rank_gb_per_s": 2.5, "latency_us": 5.0, "message_us": 1.1, "exchange_us": 37.0}  # calibrate links, 2 ranks of a 2-core machine
+def error(row: dict, links: str) -> float:
+    return row[links] / row["measured_ms"] - 1
 
 
 def main() -> int:
@@ -152,14 +150,17 @@ def main() -> int:
         return 0
     if not args.bed:
         parser.error("--bed is missing: cluster.sh of the test bed")
-    found = compare(Bed(args.bed), args, INSIDE)
+    found = compare(Bed(args.bed), args)
     print(f"{args.ranks} ranks on each host, {args.rate_mbit:g} Mbit/s, {args.delay_ms:g} ms, {args.experts} experts, rows of {4 * args.d} bytes; ms of a layer's "
-          f"exchanges; load average {os.getloadavg()[0]:.1f}\nhosts  top-k   rows  {'transport':<14} measured  predicted    error  MB between  predicted")
+          f"exchanges, predicted from the shaping numbers and from links that were measured; load average {os.getloadavg()[0]:.1f}\n"
+          f"hosts  top-k   rows  {'transport':<14} measured  by shaping    error    by links    error  MB between  predicted")
     for f in found:
-        print(f"{f['hosts']:5d}{f['top_k']:7d}{f['rows']:7d}  {f['transport']:<14}{f['measured_ms']:9.1f}{f['predicted_ms']:11.1f}"
-              f"{100 * (f['predicted_ms'] / f['measured_ms'] - 1):+8.1f}%{f['bytes_between'] / 1e6:12.3f}{f['bytes_between_predicted'] / 1e6:11.3f}", flush=True)
-    errors = {name: float(np.mean([abs(f["predicted_ms"] / f["measured_ms"] - 1) for f in found if f["transport"] == name])) for name in TRANSPORTS}
-    print("mean absolute error: " + ", ".join(f"{name} {100 * e:.1f} %" for name, e in errors.items()))
+        print(f"{f['hosts']:5d}{f['top_k']:7d}{f['rows']:7d}  {f['transport']:<14}{f['measured_ms']:9.1f}"
+              + "".join(f"{f[name]:12.1f}{100 * error(f, name):+8.1f}%" for name in ("shaped", "measured"))
+              + f"{f['bytes_between'] / 1e6:12.3f}{f['bytes_between_predicted'] / 1e6:11.3f}", flush=True)
+    for links in ("shaped", "measured"):
+        means = {name: np.mean([abs(error(f, links)) for f in found if f["transport"] == name]) for name in TRANSPORTS}
+        print(f"mean absolute error, links {links}: " + ", ".join(f"{name} {100 * e:.1f} %" for name, e in means.items()))
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1))
     return 0
