@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcmoe.simulate.workload import Rows
+from hpcmoe.simulate.workload import Rows, blocks
 
 MIXED, DECODE, UNEVEN = 4, 2, 4  # neighbourhoods of a run: with prompt rows; decode of all requests; decode of ever fewer
 NONE = Rows(np.zeros(0, int), np.zeros(0, int), 0.0, 0, 0, 0, 0)
@@ -87,10 +87,10 @@ class _Mixed:
 
 
 class _Decode:
-    """Rounds in which requests give one row each: stretches (rounds, tokens in the cache of each request at its start)."""
+    """Rounds in which requests give one row each: stretches (rounds, tokens in the cache of each request at its start, the requests' slots)."""
 
     def __init__(self, window: int):
-        self.stretches: list[tuple[int, np.ndarray]] = []
+        self.stretches: list[tuple[int, np.ndarray, np.ndarray]] = []
         self.window = window
 
     @property
@@ -99,12 +99,12 @@ class _Decode:
 
     @property
     def count(self) -> int:
-        return sum(n for n, _ in self.stretches)
+        return sum(n for n, _, _ in self.stretches)
 
     def at(self, i: int) -> Rows:
-        for n, done_q in self.stretches:
+        for n, done_q, slot_q in self.stretches:
             if i < n:
-                return _rows(done_q + i, np.zeros_like(done_q), np.ones(len(done_q), bool), len(done_q), self.window)
+                return _rows(done_q + i, np.zeros_like(done_q), np.ones(len(done_q), bool), len(done_q), self.window, slot_q)
             i -= n
         raise IndexError(i)
 
@@ -128,14 +128,14 @@ def _runs(requests: int, rows: int, chunk: int, prompt: int, outputs: int, windo
             n = int(outputs - out_q[active_q].max())
             if not runs or not isinstance(runs[-1], _Decode):
                 runs.append(_Decode(window))
-            runs[-1].stretches.append((n, done_q[active_q]))
+            runs[-1].stretches.append((n, done_q[active_q], np.flatnonzero(active_q)))
             done_q[active_q] += n
             sampled_q = active_q
         else:
             need_q = np.where(active_q & ~decode_q, np.minimum(prompt - done_q, chunk), 0)
             take_q = np.clip(rows - int(decode_q.sum()) - (np.cumsum(need_q) - need_q), 0, need_q)
             sampled_q, n = decode_q | ((take_q > 0) & (done_q + take_q >= prompt)), 1
-            made = _rows(done_q, take_q, decode_q, int(sampled_q.sum()), window)
+            made = _rows(done_q, take_q, decode_q, int(sampled_q.sum()), window, np.arange(requests))
             if runs and isinstance(runs[-1], _Mixed) and runs[-1].at(0).count == made.count:
                 runs[-1].made.append(made)
             else:
@@ -148,10 +148,11 @@ def _runs(requests: int, rows: int, chunk: int, prompt: int, outputs: int, windo
     return runs, first_q, end_q
 
 
-def _rows(done_q, take_q, decode_q, wanted: int, window: int) -> Rows:
+def _rows(done_q, take_q, decode_q, wanted: int, window: int, slot_q) -> Rows:
     """One step: decode_q give a row each, others take_q rows of their prompts (as simulate/workload.py has them)."""
     one_q, some_q = decode_q | (take_q == 1), take_q > 1
+    padded, apart = blocks(slot_q[one_q], done_q[one_q] + 1)
     keys_q, start_q, count_q = done_q[one_q] + 1, done_q[some_q], take_q[some_q]
     if window:
         keys_q, start_q = np.minimum(keys_q, window), np.minimum(start_q, np.maximum(window - count_q, 0))
-    return Rows(start_q, count_q, float(keys_q.sum()), int(one_q.sum()), wanted, int(take_q.sum()), int(decode_q.sum()))
+    return Rows(start_q, count_q, float(keys_q.sum()), int(one_q.sum()), wanted, int(take_q.sum()), int(decode_q.sum()), padded, apart)

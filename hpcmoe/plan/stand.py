@@ -51,7 +51,7 @@ class Stand:
     def _durations(self, tp: int) -> Durations:
         told = self.told
         local = shard_of(told.model, tp).model if tp > 1 else told.model
-        return Durations(told.calibration, local, told.model, told.gpu, told.job.run.graphs, told.job.run.dispatch_dtype == "fp8")
+        return Durations(told.calibration, local, told.model, told.gpu, told.job.run.graphs, told.job.run.dispatch_dtype == "fp8", told.drawn)
 
     def _seats(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """(expert [l, s], share of a layer's rows [l, s]) of every slot."""

@@ -102,13 +102,13 @@ def rows_of(batch: Batch, window: int) -> Rows:
     if window:
         keys_q = np.minimum(keys_q, window)
         start_q = np.minimum(start_q, np.maximum(window - count_q, 0))
-    padded, apart = _blocks(batch.segments.slot_q[one_q], batch.segments.start_q[one_q] + 1)
+    padded, apart = blocks(batch.segments.slot_q[one_q], batch.segments.start_q[one_q] + 1)
     return Rows(start_q[~one_q], count_q[~one_q], float(keys_q.sum()), int(one_q.sum()), int((batch.emit_q == SAMPLED).sum()),
                 batch.prefill_rows, batch.rows - batch.prefill_rows, padded, apart)
 
 
-def _blocks(slot_b: np.ndarray, keys_b: np.ndarray) -> tuple[float, float]:
-    """(padded, apart) of single rows."""
+def blocks(slot_b: np.ndarray, keys_b: np.ndarray) -> tuple[float, float]:
+    """(padded, apart) of single rows in these slots that look at so many keys."""
     order, padded, apart = np.argsort(slot_b, kind="stable"), 0.0, 0.0
     for block in np.array_split(order, max(1, -(-len(order) // DECODE_BLOCK))):
         if len(block):
