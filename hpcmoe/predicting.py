@@ -19,7 +19,7 @@ from hpcmoe.simulate.facts import simulated_facts
 from hpcmoe.simulate.run import Told, simulate
 
 ENVIRONMENT = "HPCMOE_CLUSTER"
-OP_S, LEAST_S, MOST_SHARE = 30e-6, 1.0, 0.02  # of an op in the simulator; a prediction may cost this much, or this part of the run
+OP_S, LEAST_S, MOST_SHARE = 100e-6, 3.0, 0.02  # of an op in the simulator; a prediction may cost this much, or this part of the run
 
 
 def cluster_path(job: JobConfig) -> str:

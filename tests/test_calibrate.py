@@ -13,6 +13,7 @@ import pytest
 from hpcmoe.cluster.clusterfile import read_cluster
 from hpcmoe.cluster.fair import Start, ends
 from hpcmoe.cluster.kernels import CallsModel, read_calibration
+from hpcmoe.compute.base import Sizes
 from hpcmoe.config import AttentionConfig, ExpertConfig, ModelConfig, RouterConfig
 from hpcmoe.errors import UserError
 from hpcmoe.parallel.polling import pause_s, woken_s
@@ -20,7 +21,7 @@ from hpcmoe.simulate.cores import Cores, Machine
 from hpcmoe.simulate.durations import Durations
 from hpcmoe.simulate.plans import Unseen, first_seen
 from hpcmoe.simulate.run import simulate
-from hpcmoe.simulate.workload import Rows, rows_of
+from hpcmoe.simulate.workload import Rows, handed_out, rows_of
 from local import run_job
 from mpi import ROOT, environment, run_ranks
 from test_simulate import CLUSTER, by_hand, told
@@ -144,6 +145,21 @@ def test_what_ops_take_is_found_again():
     seconds = ops.op_seconds(real, timed)
     found = ops.fit_calls(replace(real, calls=CallsModel()), [one._replace(seconds=float(s)) for one, s in zip(timed, seconds)])
     np.testing.assert_allclose(ops.op_seconds(replace(real, calls=found), timed), seconds, rtol=0.02)
+
+
+def test_replicas_take_requests_from_one_list():
+    """Two replicas of one leader and one of two: every request runs once to its end, at the start half of the tokens at most are dealt, and
+    the last replica ends at most a few rounds after the first."""
+    lengths = [(3 + i % 7, 1 + 5 * i % 11) for i in range(60)]
+    feed_dj, index_dj = handed_out(lengths, [1, 1, 2], Sizes(2, 1, 6, 32, 32, 0, 0, 64), 8, 0)
+    assert [len(feeds) for feeds in feed_dj] == [1, 1, 2] and sorted(i for index_j in index_dj for index in index_j for i in index) == list(range(60))
+    for feed, index in zip(sum(feed_dj, []), sum(index_dj, [])):
+        assert sorted((lengths[index[s.place]]) for s in feed.served) == sorted(lengths[i] for i in index)
+        assert sum(rows.count for rows_m in feed.rows_rm for rows in rows_m) == sum(prompt + outputs - 1 for prompt, outputs in (lengths[i] for i in index))
+    rounds = [max(i for feed in feeds for i, rows_m in enumerate(feed.rows_rm) if any(rows.count for rows in rows_m)) for feeds in feed_dj]
+    assert max(rounds) - min(rounds) <= 6
+    alone, _ = handed_out(lengths, [2], Sizes(2, 1, 6, 32, 32, 0, 0, 64), 8, 0)
+    assert len(alone[0]) == 2
 
 
 # ---------------------------------------------------------------- predictions in reports

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from hpcmoe.compute.base import Sizes
 from hpcmoe.compute.step import SAMPLED, SCORED, Choices, Work
-from hpcmoe.parallel.handout import HandOut, RequestList, Supply
+from hpcmoe.parallel.handout import HandOut, Supply
+from hpcmoe.parallel.requestlist import RequestList
 from hpcmoe.parallel.plan import UNLIMITED, Room
 from local import choices, run_job, write_prompts
 from mpi import run_ranks, started

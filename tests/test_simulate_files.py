@@ -153,9 +153,9 @@ def test_no_two_fields_share_a_name_with_other_units():
     from hpcmoe.cluster import clusterfile, kernels
     from hpcmoe.cluster.gemm import GemmModel
     plain = {"count", "ranks_per_node", "per_node", "nodes", "efficiency", "oversubscription", "units", "item_bytes", "sharpness",
-             "hot_fraction", "splits", "tile", "chunk_part"}
-    ends = ("_us", "_ns", "_gb_per_s", "_gflop_per_s", "tflop_per_s", "_gib")
+             "hot_fraction", "splits", "tile", "chunk_part", "together", "plan_rows"}
+    ends = ("_us", "_ns", "_gb_per_s", "_gflop_per_s", "tflop_per_s", "_gib", "_kib")
     for table in (clusterfile.NodesTable, clusterfile.RankTable, clusterfile.InsideTable, clusterfile.NicTable, clusterfile.SwitchTable,
-                  clusterfile.MpiTable, GemmModel, kernels.AttentionModel, kernels.ElementwiseModel, kernels.HostModel):
+                  clusterfile.MpiTable, clusterfile.CoresTable, GemmModel, kernels.AttentionModel, kernels.ElementwiseModel, kernels.HostModel, kernels.CallsModel):
         for field in dataclasses.fields(table):
             assert field.name in plain or field.name.endswith(ends) or field.name == "gb_per_s", f"{table.__name__}.{field.name}"

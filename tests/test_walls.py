@@ -17,7 +17,7 @@ ALLOWED = {  # room -> rooms (or base modules) it may import
     "cluster": BASE | {"model", "data", "cluster", "parallel.layout", "parallel.balance", "parallel.nodes", "compute.footprint", "compute.holdings", "parallel.world", "parallel.watched", "report.table", "launch", "affinity", "doctor"},
     "simulate": BASE | {"model", "data", "cluster", "report", "simulate", "jobfile", "placing", "kernels.e4m3", "compute.base", "compute.step",
                         "compute.room", "compute.footprint", "compute.holdings"} | {f"parallel.{name}" for name in (
-                            "batch", "check", "layout", "nodes", "ops", "plan", "polling", "replay", "schedule")},  # the schedule, not the engine
+                            "batch", "check", "layout", "nodes", "ops", "plan", "polling", "replay", "requestlist", "schedule")},  # the schedule, not the engine
     "calibrate": BASE | {"model", "data", "cluster", "compute", "simulate", "report", "parallel", "calibrate", "jobfile", "job", "prepare", "launch", "doctor", "predicting", "bench.bed", "bench.gpu", "bench.jobs", "bench.timing"},
     "plan": BASE | {"model", "cluster", "report", "simulate", "plan", "placing", "compute.base", "compute.room", "parallel.layout", "parallel.plan",
                     "parallel.schedule"},

@@ -6,6 +6,7 @@ cut into slabs, of which the last one may be of a new size.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -60,6 +61,11 @@ def _binomial(n: int, p: float) -> tuple[int, np.ndarray]:
     if p <= 0 or p >= 1:
         return round(n * p), np.ones(1)
     spread = SIGMAS * math.sqrt(n * p * (1 - p)) + 1
-    m = np.arange(max(0, math.floor(n * p - spread)), min(n, math.ceil(n * p + spread)) + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    m, log_factorial = np.arange(max(0, math.floor(n * p - spread)), min(n, math.ceil(n * p + spread)) + 1), _log_factorial(n)
     return int(m[0]), np.exp(log_factorial[n] - log_factorial[m] - log_factorial[n - m] + m * math.log(p) + (n - m) * math.log1p(-p))
+
+
+@lru_cache(maxsize=64)
+def _log_factorial(n: int) -> np.ndarray:
+    """Of 0 to n."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])

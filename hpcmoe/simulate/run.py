@@ -12,7 +12,6 @@ from hpcmoe.cluster.clusterfile import ClusterFile, read_cluster
 from hpcmoe.cluster.kernels import Calibration, find_calibration, read_calibration, same_kind
 from hpcmoe.cluster.network import Network
 from hpcmoe.compute.base import Sizes
-from hpcmoe.compute.step import Work
 from hpcmoe.config import JobConfig, ModelConfig
 from hpcmoe.data.requests import read_requests
 from hpcmoe.data.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ from hpcmoe.simulate.modelfile import read_model
 from hpcmoe.simulate.records import records_of
 from hpcmoe.simulate.staged import network_of
 from hpcmoe.simulate.ways import Ways
-from hpcmoe.simulate.workload import even_rounds, feed
+from hpcmoe.simulate.workload import even_rounds, feed, handed_out, works_of
 
 
 class Told(NamedTuple):
@@ -233,7 +232,7 @@ def _room(told: Told, layout: Layout, item: int) -> tuple[Sizes, dict[Role, Held
     def wanted(layout_: Layout) -> tuple[Sizes, int]:
         nodes = told.nodes() if layout_.size == told.gpus else np.arange(layout_.size) // c.nodes.ranks_per_node
         leaders = len(layout_.leader_places(nodes, 0)[0])
-        most = max(map(len, plan.hand_out(_works(told), leaders * layout_.dp)))
+        most = max(map(len, plan.hand_out(works_of(told.lengths), leaders * layout_.dp)))
         context = job.run.context or max(map(sum, told.lengths))
         return plan.limits(job.run, told.model, layout_, leaders, most, plan.cut(job.run, layout_, told.gpu), context), leaders
 
@@ -251,10 +250,6 @@ def _room(told: Told, layout: Layout, item: int) -> tuple[Sizes, dict[Role, Held
         raise UserError(f"{error}; {nearest(layout, told.model, told.gpus, c.ranks, fits)}") from error
 
 
-def _works(told: Told) -> list[Work]:
-    return [Work(i, np.zeros(prompt, np.int8), outputs, 0.0, 0, 1.0, 0, (), False) for i, (prompt, outputs) in enumerate(told.lengths)]
-
-
 def slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
     """Of each layer's rows the share of each slot [l, s]: an expert's rows go to its copies alike."""
     copies_le = np.stack([np.bincount(expert_s, minlength=told.model.router.experts) for expert_s in expert_ls])
@@ -264,20 +259,23 @@ def slot_shares(told: Told, expert_ls: np.ndarray) -> np.ndarray:
 def _groups(told: Told, setting: Setting, network: Network, sizes: Sizes) -> tuple[list[Group], list[dict[int, list[list[int]]]]]:
     """Replicas that are alike together; for each group, its replicas' requests by leader."""
     layout, run_ = setting.layout, told.job.run
-    works = _works(told)
     leaders_dp = [layout.leader_places(network.node_r, dp) for dp in range(layout.dp)]
-    dealt = iter(plan.hand_out(works, sum(len(leaders_p[0]) for leaders_p in leaders_dp)))
-    index_dj = [[[w.index for w in next(dealt)] for _ in leaders_p[0]] for leaders_p in leaders_dp]
-    work_dp = [tuple(tuple(told.lengths[i] for i in index) for index in index_j) for index_j in index_dj]
-    feeds, groups, indices = {}, [], []
-    apart = [[dp] for dp in range(layout.dp)]  # replicas that share cores are not clocked as one
-    for number, members in enumerate(apart if setting.sharing else alike(layout, network, work_dp)):
-        key_j = work_dp[members[0]]
-        for key in key_j:
-            if key not in feeds:
-                feeds[key] = feed(list(key), sizes, run_.prefill_chunk, told.model.attention.window)
+    leaders_of, rest = [len(leaders_p[0]) for leaders_p in leaders_dp], (sizes, run_.prefill_chunk, told.model.attention.window)
+    if setting.sharing and layout.dp > 1:  # replicas that share cores are not clocked as one: each with what it takes from the list
+        feed_dj, index_dj = handed_out(told.lengths, leaders_of, *rest)
+        alike_dp = [[dp] for dp in range(layout.dp)]
+    else:
+        dealt, made = iter(plan.hand_out(works_of(told.lengths), sum(leaders_of))), {}
+        index_dj = [[[w.index for w in next(dealt)] for _ in range(count)] for count in leaders_of]
+        work_dp = [tuple(tuple(told.lengths[i] for i in index) for index in index_j) for index_j in index_dj]
+        alike_dp = alike(layout, network, work_dp)
+        for key in (key for members in alike_dp for key in work_dp[members[0]]):
+            if key not in made:
+                made[key] = feed(list(key), *rest)
+        feed_dj = {members[0]: [made[key] for key in work_dp[members[0]]] for members in alike_dp}
+    groups, indices = [], []
+    for number, members in enumerate(alike_dp):
         ways = Ways(network, layout, members, leaders_dp[members[0]], setting.share_ls.shape[1])
-        groups.append(Group(number, setting, ways, leaders_dp[members[0]], even_rounds([feeds[key] for key in key_j])))
+        groups.append(Group(number, setting, ways, leaders_dp[members[0]], even_rounds(feed_dj[members[0]])))
         indices.append({dp: index_dj[dp] for dp in members})
     return groups, indices
-
