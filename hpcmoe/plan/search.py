@@ -152,13 +152,14 @@ def front(outcomes: list) -> list:
 
 
 def _front(left: list[Bound], pool, say) -> list[Outcome]:
-    """Outcomes of all that could be on the front."""
+    """Outcomes of all that could be on the front. Those that are said to be left are many of them ruled out before their turn."""
     outcomes: list[Outcome] = []
     while left := _open(left, outcomes):
         chosen = {bound.candidate: None for bound in front(left)[:AT_ONCE]}
-        outcomes += pool.imap(_tried, list(chosen))
         left = [bound for bound in left if bound.candidate not in chosen]
-        say("candidates clocked", len(outcomes), len(outcomes) + len(_open(left, outcomes)))
+        for outcome in pool.imap(_tried, list(chosen)):
+            outcomes.append(outcome)
+            say("candidates clocked", len(outcomes), len(outcomes) + len(left))
     return outcomes
 
 
