@@ -102,7 +102,7 @@ def test_a_trial_is_the_simulation_and_its_short_cut_is_near(cluster, number, gp
     for name in ("run_s", "tokens_per_s_per_gpu", "tpot_ms", "ttft_ms"):
         assert getattr(short, name) == pytest.approx(getattr(whole, name), rel=NEAR), name
     for o in (short, whole):
-        assert sum(o.terms_us) == pytest.approx(1e6 / o.tokens_per_s_per_gpu) and min(o.terms_us) > -1e-3 * max(o.terms_us)
+        assert sum(o.terms_us) == pytest.approx(1e6 / o.tokens_per_s_per_gpu) and min(o.terms_us) > -1e-9
     phases = report["phases"]
     took = {name: whole.terms_us[TERMS.index(name)] * 1e-6 * c.sequences * 24 / 8 for name in TERMS}
     key = "gpu_s" if gpu else "busy_s"

@@ -124,20 +124,19 @@ class Choices:
 
     # ------------------------------------------------------------ batches
     def shapes(self, layout: Layout) -> Iterator[Shape]:
-        """By transport, rows of a step, and sequences, fewest first."""
+        """By transport, sequences, and rows of a step."""
         leaders = len(layout.leader_places(self.node_r, 0)[0])
-        prompt = self.told.lengths[0][0]
         for hierarchical in self._transports(layout):
-            for least in [self.told.job.run.batch_tokens] if "run.batch_tokens" in self.fixed else STEP_ROWS:
-                for sequences in _powers(1, min(MOST_ROWS, len(self.told.lengths)) // leaders):
-                    needed = sequences * leaders  # rows in decode
-                    if needed > least and "run.batch_tokens" in self.fixed:
-                        break
-                    if least > STEP_ROWS[0] and "run.batch_tokens" not in self.fixed and needed * prompt <= STEP_ROWS[0]:
-                        continue  # no step has more rows than with the least
-                    if least > STEP_ROWS[0] and "run.batch_tokens" not in self.fixed and needed >= least:
-                        break  # as with the least
-                    yield Shape(layout, leaders, hierarchical, sequences, max(1, max(needed, least) // leaders))
+            for sequences in _powers(1, min(MOST_ROWS, len(self.told.lengths)) // leaders):
+                for rows in self._steps(sequences * leaders):
+                    yield Shape(layout, leaders, hierarchical, sequences, max(1, rows // leaders))
+
+    def _steps(self, needed: int) -> list[int]:
+        """Rows of a step, at least those that are needed in decode; more than the least only where prompts can fill them."""
+        if "run.batch_tokens" in self.fixed:
+            return [self.told.job.run.batch_tokens] if needed <= self.told.job.run.batch_tokens else []
+        least, *more = STEP_ROWS
+        return sorted({max(needed, rows) for rows in (least, *(more if needed * self.told.lengths[0][0] > least else ()))})
 
     def _transports(self, layout: Layout) -> list[bool]:
         """Through forwarders only where a stage lies on several nodes, and one of them has several of its places."""

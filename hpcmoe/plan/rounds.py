@@ -14,7 +14,7 @@ import numpy as np
 
 from hpcmoe.simulate.workload import Rows, blocks
 
-MIXED, DECODE, UNEVEN = 4, 2, 4  # neighbourhoods of a run: with prompt rows; decode of all requests; decode of ever fewer
+MIXED, DECODE, UNEVEN = 4, 2, 4  # neighbourhoods of a run: with prompt rows; decode of the same requests; decode of ever fewer
 NONE = Rows(np.zeros(0, int), np.zeros(0, int), 0.0, 0, 0, 0, 0)
 
 
@@ -126,7 +126,8 @@ def _runs(requests: int, rows: int, chunk: int, prompt: int, outputs: int, windo
         decode_q = active_q & (done_q >= prompt)
         if (decode_q == active_q).all():
             n = int(outputs - out_q[active_q].max())
-            if not runs or not isinstance(runs[-1], _Decode):
+            long = n > 2 * UNEVEN  # a run of its own
+            if long or not runs or not isinstance(runs[-1], _Decode) or runs[-1].stretches[-1][0] > 2 * UNEVEN:
                 runs.append(_Decode(window))
             runs[-1].stretches.append((n, done_q[active_q], np.flatnonzero(active_q)))
             done_q[active_q] += n

@@ -23,7 +23,7 @@ from hpcmoe.plan.stand import Stand
 from hpcmoe.plan.trial import Outcome, run_trial
 from hpcmoe.simulate.run import Told
 
-AT_ONCE = 24  # trials between two looks at what they rule out
+AT_ONCE = 24  # trials, at most, between two looks at what they rule out
 
 
 class Found(NamedTuple):
@@ -152,13 +152,14 @@ def front(outcomes: list) -> list:
 
 
 def _front(left: list[Bound], pool, say) -> list[Outcome]:
-    """Outcomes of all that could be on the front."""
+    """Outcomes of all that could be on the front. Those that are said to be left are many of them ruled out before their turn."""
     outcomes: list[Outcome] = []
     while left := _open(left, outcomes):
-        chosen = {bound.candidate: None for bound in (front(left) + sorted(left, key=order))[:AT_ONCE]}
-        outcomes += pool.imap(_tried, list(chosen))
+        chosen = {bound.candidate: None for bound in front(left)[:AT_ONCE]}
         left = [bound for bound in left if bound.candidate not in chosen]
-        say("candidates clocked", len(outcomes), len(outcomes) + len(_open(left, outcomes)))
+        for outcome in pool.imap(_tried, list(chosen)):
+            outcomes.append(outcome)
+            say("candidates clocked", len(outcomes), len(outcomes) + len(left))
     return outcomes
 
 

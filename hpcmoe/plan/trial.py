@@ -78,7 +78,8 @@ def _terms(stand: Stand, groups, short: Short, c: Candidate, run_s: float) -> li
             own["experts: the rest"] = expert - own["experts: reading weights"]
             if not gpu:
                 own["posting messages"] = _sum(crew.post_s, list(crew.post_s), crew)
-            own["waiting: pipeline bubble"] = _sum(crew.wait_s, ("RECV",), crew) + run_s - (crew.now + crew.left_out_s)
+            idle = run_s - sum(own.values())  # what is queued on a device may run while its host waits
+            own["waiting: pipeline bubble"] = np.minimum(idle, _sum(crew.wait_s, ("RECV",), crew) + run_s - (crew.now + crew.left_out_s))
             ranks.append([len(members) * float(np.sum(own.get(name, 0.0))) for name in TERMS])
     found = [fsum(column) / gpus for column in zip(*ranks)]
     found[TERMS.index("waiting: exchanges, other ranks")] = run_s - fsum(found)

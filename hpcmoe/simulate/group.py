@@ -72,7 +72,7 @@ class Group:
     # ------------------------------------------------------------ ranks
     def places(self, role: Role) -> list[int]:
         leading = self.leaders_p[role.stage]
-        return leading if role.leader else [p for p in range(self.setting.layout.ep) if p not in leading]
+        return leading if role.leader else self._once(("others", role.stage), lambda: [p for p in range(self.setting.layout.ep) if p not in leading])
 
     def ranks(self, role: Role, dp: int) -> list[int]:
         """Of a member, in the order of the crew's arrays: by place, then by shard."""
@@ -234,8 +234,9 @@ class Group:
         def make():
             rows_s = self._slot_rows(rnd, op)
             tokens = sum(self._counts_j(rnd, op.micro))
-            took = [self.setting.durations.expert(tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist()), tokens) for p in self.places(role)]
-            return self._host_and_device(np.array(took).T)
+            rows_pe = [tuple(rows_s[self.slots_r[p]:self.slots_r[p + 1]].tolist()) for p in self.places(role)]
+            took = {rows_e: self.setting.durations.expert(rows_e, tokens) for rows_e in set(rows_pe)}
+            return self._host_and_device(np.array([took[rows_e] for rows_e in rows_pe]).T)
         host_s, device_s = self._once((role, "EXPERT", op.layer, sum(self._counts_j(rnd, op.micro))), make)
         return Doing(host_s, 0.0, device_s)
 

@@ -5,6 +5,7 @@ Two hops out, two back. What forwarders do between the hops (rows gathered, sums
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import comb
 from typing import Callable
 
@@ -25,11 +26,17 @@ def visits(share_e: np.ndarray, top_k: int, node_e: np.ndarray, nodes: int) -> n
     slots = len(share_e)
     if np.ptp(share_e) < 1e-12:
         return np.array([1 - comb(slots - int(n), top_k) / comb(slots, top_k) for n in np.bincount(node_e, minlength=nodes)])
-    log_e = np.log(np.maximum(share_e, 1e-300))
-    chosen_tk = np.argpartition(-(log_e + np.random.default_rng(0).gumbel(size=(DRAWN, slots))), top_k - 1, axis=1)[:, :top_k]
+    chosen_tk = _drawn(np.asarray(share_e, dtype=float).tobytes(), top_k)
     needs_tn = np.zeros((DRAWN, nodes), dtype=bool)
     needs_tn[np.arange(DRAWN)[:, None], node_e[chosen_tk]] = True
     return needs_tn.mean(axis=0)
+
+
+@lru_cache(maxsize=64)
+def _drawn(share_e: bytes, top_k: int) -> np.ndarray:
+    """The slots that tokens draw [t, k]."""
+    log_e = np.log(np.maximum(np.frombuffer(share_e), 1e-300))
+    return np.argpartition(-(log_e + np.random.default_rng(0).gumbel(size=(DRAWN, len(log_e)))), top_k - 1, axis=1)[:, :top_k]
 
 
 class NodeWays:

@@ -220,7 +220,7 @@ def _trial(told: Told, layout: Layout, network: Network, durations: Durations) -
     if run_.transport != "auto" or not plan.nodes_matter(layout, network.node_r.tolist()):
         return None
     leaders = len(layout.leader_places(network.node_r, 0)[0])
-    most = max(map(len, plan.hand_out(_works(told), leaders * layout.dp)))
+    most = max(map(len, plan.hand_out(works_of(told.lengths), leaders * layout.dp)))
     rows = plan.usual_rows(run_, told.job.task, leaders, most, plan.cut(run_, layout, told.gpu))
     return exchange_trial(network, layout, told.model, durations, alike(layout, network, [()] * layout.dp), rows)
 
