@@ -87,8 +87,8 @@ def steady(case: Case, machine: Machine) -> Steady:
     model, layout, (c, calibration) = case.model, case.layout, machine
     network = Network(c, np.arange(layout.size) // c.nodes.ranks_per_node)
     leaders_dp = [layout.leader_places(network.node_r, dp) for dp in range(layout.dp)]
-    leaders = len(leaders_dp[0][0])
-    memory = _memory(case, machine, leaders)
+    leaders = layout.ep
+    memory = memory_bytes(case, machine)
     durations = _durations(calibration, model, layout.tp)
     warm, measured = (WARM, MEASURED) if case.micros > 1 else (1, 1)
     share_ls, expert_ls = _loads(model.layers, model.router, layout, case.skew, case.batch)
@@ -177,9 +177,9 @@ def _loads(layers: int, router: RouterConfig, layout: Layout, skew: float | None
 
 
 # ---------------------------------------------------------------- memory
-def _memory(case: Case, machine: Machine, leaders: int) -> int:
-    """Bytes on the fullest rank. Raises UserError where they are more than it has."""
-    model, layout, run = case.model, case.layout, RunJob()
+def memory_bytes(case: Case, machine: Machine) -> int:
+    """On the fullest rank, all places leading. Raises UserError where it is more than a rank has."""
+    model, layout, run, leaders = case.model, case.layout, RunJob(), case.layout.ep
     rows = -(-case.batch // leaders)
     chosen = min(model.router.top_k, -(-layout.slots(model.router.experts) // layout.ep))
     wanted = Sizes(case.micros, case.lanes, rows, rows, case.keys + 1, 0, 0, rows * leaders * chosen)
