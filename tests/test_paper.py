@@ -182,7 +182,7 @@ def test_the_same_data_gives_the_same_picture(tmp_path):
 # ---------------------------------------------------------------- small things
 def test_pareto_is_those_that_none_beats():
     rng = np.random.default_rng(0)
-    tried = [goal.Tried(None, Steady(float(t), int(n), 1, {}, 1.0, 0)) for t, n in zip(rng.integers(1, 9, 40), rng.integers(1, 99, 40))]
+    tried = [goal.Tried(None, Steady(float(t), int(n), 1, {}, 1.0)) for t, n in zip(rng.integers(1, 9, 40), rng.integers(1, 99, 40))]
     brute = {(t.own.tpot_s, t.own.tokens_per_s) for t in tried if not any(
         (o.own.tpot_s <= t.own.tpot_s and o.own.tokens_per_s > t.own.tokens_per_s) or (o.own.tpot_s < t.own.tpot_s and o.own.tokens_per_s >= t.own.tokens_per_s) for o in tried)}
     assert {(t.own.tpot_s, t.own.tokens_per_s) for t in goal.pareto(tried)} == brute

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hpcmoe.errors import UserError
 from hpcmoe.paper.setup import GPUS, Setup, resized
-from hpcmoe.paper.steady import Case, Steady, memory_bytes
+from hpcmoe.paper.steady import Case, Steady, check_memory
 from hpcmoe.paper.words import Section, layout_name, table
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.report.plots import Panel, plot_maps
@@ -67,7 +67,7 @@ def cases_of(setup: Setup, width: int, tokens: int, skew: float | None) -> list[
 
 def _fits(case: Case, setup: Setup) -> bool:
     try:
-        memory_bytes(case, setup.machine)
+        check_memory(case, setup.machine)
     except UserError:
         return False
     return True
