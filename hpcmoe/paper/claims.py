@@ -146,7 +146,7 @@ def _verdict(setup: Setup, c: Claim) -> str:
               f"{us((c.own.tpot_s - at_least) / layers)} us per layer beyond it.\n")
     if ratio <= 1 + CLOSE:
         return words + "\n"
-    return words + "For ours to be the paper's, one of these alone would have to be true:\n\n" + "".join(f"- {line}\n" for line in _needed(setup, c))
+    return words + "For ours to be the paper's, one of these alone would have to be true:\n\n" + "".join(f"- {line}\n" for line in _needed(setup, c)) + "\n"
 
 
 def _needed(setup: Setup, c: Claim) -> list[str]:

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from hpcmoe.errors import UserError
 from hpcmoe.paper.setup import GPUS, Setup, resized
-from hpcmoe.paper.steady import Case, Steady
+from hpcmoe.paper.steady import Case, Steady, check_memory
 from hpcmoe.paper.words import Section, layout_name, table
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.report.plots import Panel, plot_maps
@@ -25,7 +26,7 @@ class Contender(NamedTuple):
 
 
 def contenders(experts: int) -> list[Contender]:
-    """All on 64 GPUs; where there are several layouts, the faster counts."""
+    """All on 64 GPUs; of several layouts, fewest stages first, the first that fits in memory counts."""
     found = [Contender("1", "one expert per GPU", (Layout(1, 4, experts),)),
              Contender("1c", "one expert per GPU, with copies", tuple(Layout(1, pp, GPUS // pp, 1, "all", GPUS // pp - experts) for pp in (1, 2)))]
     found += [Contender(str(n), f"{n} experts per GPU", tuple(Layout(4 * n // pp, pp, experts // n) for pp in (1, 4))) for n in (2, 4, 8)]
@@ -54,10 +55,22 @@ def widths(setup: Setup) -> list[int]:
 
 
 def cases_of(setup: Setup, width: int, tokens: int, skew: float | None) -> list[tuple[str, Case]]:
-    """One cell's: `tokens` in flight over all replicas and stages, a micro-batch on each stage, and where they are many, also two on two lanes."""
-    model = resized(setup.model, f=width)
-    return [(c.code, setup.case(layout, tokens // layout.dp // layout.pp // lanes, layout.pp * lanes, lanes=lanes, model=model, skew=skew))
-            for c in contenders(model.router.experts) for layout in c.layouts for lanes in ((1, 2) if tokens >= MANY else (1,))]
+    """One cell's: `tokens` in flight over all replicas and stages, a micro-batch on each stage, and where they are many, also two on two lanes.
+    Without contenders that do not fit."""
+    model, found = resized(setup.model, f=width), []
+    for c in contenders(model.router.experts):
+        for lanes in (1, 2) if tokens >= MANY else (1,):
+            cases = (setup.case(layout, tokens // layout.dp // layout.pp // lanes, layout.pp * lanes, lanes=lanes, model=model, skew=skew) for layout in c.layouts)
+            found += [(c.code, case) for case in cases if _fits(case, setup)][:1]
+    return found
+
+
+def _fits(case: Case, setup: Setup) -> bool:
+    try:
+        check_memory(case, setup.machine)
+    except UserError:
+        return False
+    return True
 
 
 def cells(setup: Setup, keys: list[tuple[int, int, float | None]]) -> list[Cell]:
@@ -88,9 +101,10 @@ def crossover(setup: Setup, pictures: Path) -> Section:
     text = f"""## 5. Where one expert per GPU wins
 
 {GPUS} GPUs each, as many tokens in flight over all replicas and stages, one batch on each stage (from {MANY:,} tokens also two on two lanes; the faster counts): so TPOT = tokens in
-flight / tokens per second, and who wins in one wins in the other. Whoever has several experts on a GPU has as many replicas of the model instead, seats planned for the load; weights of a GPU grow accordingly.
+flight / tokens per second, and who wins in one wins in the other. Whoever has several experts on a GPU has as many replicas of the model instead, seats planned for the load; weights of a GPU
+grow accordingly. Of several layouts the first counts whose weights and cache fit in memory.
 
-{table(["code", "what", "layout"], [[c.code, c.name, " or ".join(map(layout_name, c.layouts))] for c in names])}
+{table(["code", "what", "layout"], [[c.code, c.name, ", else ".join(map(layout_name, c.layouts))] for c in names])}
 Winner, and tokens/s of one expert per GPU (the better of 1 and 1c) over the best of the others:
 
 {table(["skew", "expert width", *[f"{t:,} tokens" for t in TOKENS]], rows)}
@@ -98,7 +112,8 @@ Winner, and tokens/s of one expert per GPU (the better of 1 and 1c) over the bes
 
 {_summary(setup, cell)}
 In every batch a GPU reads the weights of each expert that it has, so one expert per GPU reads least; copies mend what skew costs it. Where rows are so many that arithmetic takes
-longer than weights, that counts no more, and what counts is that fewer places per replica keep rows within a node.
+longer than weights, that counts no more, and what counts is that fewer places per replica keep rows within a node; two lanes hide the way between nodes once batches are large
+enough for two. 1c has fewer stages than 1 besides, and so less to hand on.
 
 {setup.rests()}"""
     won = [sum(cell[f, t, skew].winner in OURS for skew in SKEWS for f in widths(setup)) for t in TOKENS]
@@ -124,7 +139,7 @@ def _summary(setup: Setup, cell: dict) -> str:
         for c in mine.values():
             if c.winner not in OURS:
                 others[c.winner] = others.get(c.winner, 0) + 1
-        rest = ", ".join(f"{code} {count}" for code, count in others.items())
+        rest = ", ".join(f"{code}: {count}" for code, count in others.items())
         at = [f"{tokens:,}" for width, tokens, _ in won if width == setup.model.expert.f]
         ratios = [c.ratio for c in mine.values() if not math.isnan(c.ratio)] or [float("nan")]
         lines.append(f"- {_skew(skew)}: one expert per GPU wins {len(won)} of {len(mine)} cells, {plain} of them without copies{f' (the others: {rest})' if rest else ''}; "

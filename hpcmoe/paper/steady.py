@@ -64,14 +64,13 @@ class Case:
 class Steady(NamedTuple):
     """tpot_s: from one token of a sequence to its next, which is one round of all micro-batches; tokens: in flight; device_s: by kind of op,
     of the busiest rank of a stage, in one round, summed over the stages; busiest: rows of the busiest rank over the mean, in the layer where
-    that is worst; memory_bytes: of the fullest rank."""
+    that is worst."""
 
     tpot_s: float
     tokens: int
     gpus: int
     device_s: dict[str, float]
     busiest: float
-    memory_bytes: int
 
     @property
     def tokens_per_s(self) -> float:
@@ -87,8 +86,8 @@ def steady(case: Case, machine: Machine) -> Steady:
     model, layout, (c, calibration) = case.model, case.layout, machine
     network = Network(c, np.arange(layout.size) // c.nodes.ranks_per_node)
     leaders_dp = [layout.leader_places(network.node_r, dp) for dp in range(layout.dp)]
-    leaders = len(leaders_dp[0][0])
-    memory = _memory(case, machine, leaders)
+    leaders = layout.ep
+    check_memory(case, machine)
     durations = _durations(calibration, model, layout.tp)
     warm, measured = (WARM, MEASURED) if case.micros > 1 else (1, 1)
     share_ls, expert_ls = _loads(model.layers, model.router, layout, case.skew, case.batch)
@@ -100,7 +99,7 @@ def steady(case: Case, machine: Machine) -> Steady:
               for i, members in enumerate(alike(layout, network, [0] * layout.dp))]
     Clock([crew for group in groups for crew in group.crews.values()], network.bandwidth_l).run()
     return Steady(max(_round_s(group, measured) for group in groups), case.batch * case.micros * layout.dp, layout.size, _device_s(groups[0]),
-                  _busiest(groups[0]), memory)
+                  _busiest(groups[0]))
 
 
 def clock_all(cases: list[tuple[Case, Machine]], jobs: int) -> list[Steady | None]:
@@ -177,14 +176,13 @@ def _loads(layers: int, router: RouterConfig, layout: Layout, skew: float | None
 
 
 # ---------------------------------------------------------------- memory
-def _memory(case: Case, machine: Machine, leaders: int) -> int:
-    """Bytes on the fullest rank. Raises UserError where they are more than it has."""
-    model, layout, run = case.model, case.layout, RunJob()
+def check_memory(case: Case, machine: Machine) -> None:
+    """Raises UserError where weights, buffers and cache are more than a rank has; all places lead."""
+    model, layout, run, leaders = case.model, case.layout, RunJob(), case.layout.ep
     rows = -(-case.batch // leaders)
     chosen = min(model.router.top_k, -(-layout.slots(model.router.experts) // layout.ep))
     wanted = Sizes(case.micros, case.lanes, rows, rows, case.keys + 1, 0, 0, rows * leaders * chosen)
-    sizes, held = fit(machine.cluster, model, layout, run, wanted, leaders, machine.calibration.gemm.item_bytes, True)
+    sizes, _ = fit(machine.cluster, model, layout, run, wanted, leaders, machine.calibration.gemm.item_bytes, True)
     needed = wanted.slots * wanted.micros * -(-wanted.context // run.page_tokens)
     if sizes.pages < needed:
         raise UserError(f"{layout}: the KV cache of {case.batch * case.micros} sequences needs {needed} pages, {sizes.pages} fit")
-    return max(sum(h) for h in held.values())
