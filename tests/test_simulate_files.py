@@ -153,7 +153,7 @@ def test_no_two_fields_share_a_name_with_other_units():
     from hpcmoe.cluster import clusterfile, kernels
     from hpcmoe.cluster.gemm import GemmModel
     plain = {"count", "ranks_per_node", "per_node", "nodes", "efficiency", "oversubscription", "units", "item_bytes", "sharpness",
-             "hot_fraction", "splits", "tile", "chunk_part", "together", "plan_rows"}
+             "hot_fraction", "splits", "tile", "chunk_part", "extra_keys", "together", "plan_rows"}
     ends = ("_us", "_ns", "_gb_per_s", "_gflop_per_s", "tflop_per_s", "_gib", "_kib")
     for table in (clusterfile.NodesTable, clusterfile.RankTable, clusterfile.InsideTable, clusterfile.NicTable, clusterfile.SwitchTable,
                   clusterfile.MpiTable, clusterfile.CoresTable, GemmModel, kernels.AttentionModel, kernels.ElementwiseModel, kernels.HostModel, kernels.CallsModel):
