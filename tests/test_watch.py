@@ -176,14 +176,20 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
-    return tiny_job(tmp_path_factory.mktemp("long"), requests=16, max_tokens=60)
+    """Some 720 steps of four sequences: seconds."""
+    return tiny_job(tmp_path_factory.mktemp("long"), requests=48, max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def endless_job(tmp_path_factory):
+    return tiny_job(tmp_path_factory.mktemp("endless"), requests=4000, max_tokens=60)
 
 
 def start(job, out, stall_s: float) -> subprocess.Popen:
     """cluster.sh, once its job's ranks are about to run."""
     mpiexec = Path(sys.prefix, "bin", "mpiexec")
     process = subprocess.Popen([CLUSTER, "run", "2", "--timeout", "100", "--mpiexec", mpiexec, sys.executable, *arguments(job, out),
-                                "--set", f"run.stall_s={stall_s}", "--set", "run.transport=ialltoallv"], env=BED, start_new_session=True,
+                                "--set", f"run.stall_s={stall_s}", "--set", "run.transport=ialltoallv", "--set", "run.max_sequences=4"], env=BED, start_new_session=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if "weights loaded" in line:
@@ -204,9 +210,9 @@ def ranks(out) -> list[int]:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("fault", ["cut", "silent"])
-def test_a_host_that_falls_silent_is_named_and_all_ranks_end_on_both_sides(cluster, long_job, tmp_path, fault):
+def test_a_host_that_falls_silent_is_named_and_all_ranks_end_on_both_sides(cluster, endless_job, tmp_path, fault):
     out, stall_s = tmp_path / "out", 5
-    process = start(long_job, out, stall_s)
+    process = start(endless_job, out, stall_s)
     try:
         assert len(ranks(out)) == 4
         begin = time.monotonic()
