@@ -71,7 +71,7 @@ class Told(NamedTuple):
     def cores(self) -> list[Machine]:
         """The cores of each node, where its ranks share them; else nothing."""
         c = self.cluster.cores
-        return [Machine(int(ranks), c.per_node, c.together, c.look_us * 1e-6) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
+        return [Machine(int(ranks), c.per_node, c.together, c.look_us * 1e-6, c.pause_us * 1e-6) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
 
 
 class Simulated(NamedTuple):
