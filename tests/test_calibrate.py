@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from dataclasses import replace
-from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from hpcmoe.simulate.plans import Unseen, first_seen
 from hpcmoe.simulate.run import simulate
 from hpcmoe.simulate.workload import Rows, handed_out, rows_of
 from local import run_job
-from mpi import ROOT, environment, run_ranks
+from mpi import ROOT, run_ranks
 from test_simulate import CLUSTER, by_hand, told
 from tiny import tiny_job
 

@@ -31,8 +31,8 @@ WORK_S = 0.15
 
 class Links(NamedTuple):
     """Of a node: us of a message's and of an exchange's host, of the rest of a small exchange; GB/s of a rank; cores, and what they carry
-    together; us of a look of a waiting rank, and of one with a pause. Between nodes:
-    us of a small message, us that a large one takes more, GB/s of a node; 0 where there is one."""
+    together; us of a look of a waiting rank, and of one with a pause. Between nodes: us of a small message,
+    us that a large one takes more, GB/s of a node; 0 where there is one."""
 
     message_us: float
     exchange_us: float
@@ -60,7 +60,8 @@ def measure_links(comm, c: Calibration, tell: Callable[[str], None]) -> Links:
     host_us, (rest_us, gb_per_s) = _host_us(node, c), _exchanges(node, cores)
     tell(f"exchanges of {node.size} ranks: host {host_us:.3g} us, the rest of a small one {rest_us:.3g} us, {gb_per_s:.3g} GB/s from a rank")
     together, (look_us, pause_us) = _together(node, cores), _looks_us(node)
-    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; {look_us:.3g} us each time that a waiting rank looks, {pause_us:.3g} us with a pause")
+    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; {look_us:.3g} us each time that a waiting rank looks, "
+         f"{pause_us:.3g} us with a pause")
     between = _between(comm, names, cores) if len(hosts) > 1 else (0.0, 0.0, 0.0)
     exchange_us = max(0.0, host_us - 2 * (node.size - 1) * message_us)
     found = Links(message_us, exchange_us, rest_us, gb_per_s, cores, together, look_us, pause_us, *between)
