@@ -70,6 +70,9 @@ def _told(session, report: dict, cluster: ClusterFile, calibration: Calibration)
         raise UserError("not predicted: the task score, a capacity factor and rebalancing are not modelled")
     if (session.machine.dtype == "fp32") != (calibration.gemm.item_bytes == 4):
         raise UserError(f"not predicted: the run computes in {session.machine.dtype}, the calibration's products have {calibration.gemm.item_bytes} bytes")
+    if session.machine.device.kind == "cpu" and session.machine.threads != 1:
+        raise UserError(f"not predicted: a rank's products use {session.machine.threads} threads, the calibration is of one core; expected "
+                        "OMP_NUM_THREADS=1 and OPENBLAS_NUM_THREADS=1")
     run = replace(job.run, transport=transport, micro_batches=session.cut.micros, lanes=session.cut.lanes,
                   device=session.machine.device.kind)
     chosen = replace(job.layout, dp=layout.dp, pp=layout.pp, ep=layout.ep, tp=layout.tp)

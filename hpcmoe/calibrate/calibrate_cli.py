@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 hpcmoe calibrate measure --output mine.toml
   hpcmoe calibrate measure --gpu --output h200.toml --raw h200.json
   hpcmoe calibrate fit-gpu h200.json --output h200.toml --base inputs/calibrations/h200_sxm.toml
-  mpiexec -n 2 hpcmoe calibrate links --calibration mine.toml --output here.toml
+  OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 mpiexec -n 2 hpcmoe calibrate links --calibration mine.toml --output here.toml
   hpcmoe calibrate compare inputs/comparisons/demo.toml --cluster here.toml
   hpcmoe calibrate fit-gemm h100_sxm_gemm_bf16.csv --chip h100_sxm --hold-out 5120,14336,3584
   hpcmoe calibrate fit-links h100_sxm_nccl_fp16.csv --port-gb-per-s 450 --hold-out 4
@@ -139,7 +139,8 @@ def _measure(args) -> int:
     engine = measure_engine(launch.start_mpi().COMM_SELF, replace(found.calibration, calls=calls), args.backend, dtype)
     rounded = {name: float(f"{value:.4g}") for name, value in {**vars(calls), **engine._asdict()}.items()}
     calls = CallsModel(**{**rounded, "plan_rows": plan_rows})
-    tell(f"the engine: {calls.op_us:g} us of any op; {calls.plan_us:g} us of a product's first time with a number of rows, {calls.expert_plan_us:g} of an expert's")
+    tell(f"the engine: {calls.op_us:g} us of any op; a number of rows for the first time: {calls.plan_us:g} us of a product, "
+         f"{calls.expert_plan_us:g} us of an expert")
     made = replace(found.calibration, calls=calls, processor=processor())
     found.errors.update({f"op {kind}": error for kind, error in ops.errors(made, timed).items()})
     width = max(map(len, found.errors))

@@ -92,6 +92,8 @@ def compare(comparison: Comparison, cluster: str, mpiexec: str, repeats: int, on
     chosen = [s for s in comparison.setting if only in s.name]
     if not chosen:
         raise UserError(f"--only {only}: no setting's name contains it")
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # a core for each rank, as calibrations have it
+        os.environ[name] = "1"
     reports: dict[str, list[dict]] = {s.name: [] for s in chosen}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):

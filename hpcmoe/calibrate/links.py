@@ -21,7 +21,7 @@ from hpcmoe.errors import UserError
 from hpcmoe.parallel.flat import Flags
 from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.ops import Op
-from hpcmoe.parallel.polling import YIELDS
+from hpcmoe.parallel.polling import PAUSE_S, YIELDS
 
 ROWS, WIDTHS, ROUNDS = (1, 16, 128), (64, 256, 1024), 30
 BETWEEN, TRIPS = (64, 64 << 10, 256 << 10, 1 << 20), 7  # bytes
@@ -31,8 +31,8 @@ WORK_S = 0.15
 
 class Links(NamedTuple):
     """Of a node: us of a message's and of an exchange's host, of the rest of a small exchange; GB/s of a rank; cores, and what they carry
-    together; us of a look of a waiting rank. Between nodes:
-    us of a small message, us that a large one takes more, GB/s of a node; 0 where there is one."""
+    together; us of a look of a waiting rank, and of one with a pause. Between nodes: us of a small message,
+    us that a large one takes more, GB/s of a node; 0 where there is one."""
 
     message_us: float
     exchange_us: float
@@ -41,6 +41,7 @@ class Links(NamedTuple):
     cores: int
     together: float
     look_us: float
+    pause_us: float
     nic_us: float = 0.0
     announce_us: float = 0.0
     nic_gb_per_s: float = 0.0
@@ -58,11 +59,12 @@ def measure_links(comm, c: Calibration, tell: Callable[[str], None]) -> Links:
     message_us = _message_us(node)
     host_us, (rest_us, gb_per_s) = _host_us(node, c), _exchanges(node, cores)
     tell(f"exchanges of {node.size} ranks: host {host_us:.3g} us, the rest of a small one {rest_us:.3g} us, {gb_per_s:.3g} GB/s from a rank")
-    together, look_us = _together(node, cores), _look_us(node)
-    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; {look_us:.3g} us each time that a waiting rank looks")
+    together, (look_us, pause_us) = _together(node, cores), _looks_us(node)
+    tell(f"{min(cores, node.size)} cores together: {together:.3g} of one alone; {look_us:.3g} us each time that a waiting rank looks, "
+         f"{pause_us:.3g} us with a pause")
     between = _between(comm, names, cores) if len(hosts) > 1 else (0.0, 0.0, 0.0)
     exchange_us = max(0.0, host_us - 2 * (node.size - 1) * message_us)
-    found = Links(message_us, exchange_us, rest_us, gb_per_s, cores, together, look_us, *between)
+    found = Links(message_us, exchange_us, rest_us, gb_per_s, cores, together, look_us, pause_us, *between)
     return comm.bcast(Links(*(float(f"{x:.4g}") for x in found))._replace(cores=cores))
 
 
@@ -178,23 +180,31 @@ def _quiet(comm) -> None:
         time.sleep(0.002)
 
 
-def _look_us(comm) -> float:
-    """CPU time of one look of a rank that waits as crowded ranks do."""
+def _looks_us(comm) -> tuple[float, float]:
+    """What a rank that waits as crowded ranks do takes of a core: us of a look without a pause, while all ranks share one core and
+    take turns, and of a pause with the look after it."""
     from hpcmoe.parallel.handle import Handle
-    message, looks = np.zeros(1), []
+    message, mine, turns, pauses = np.zeros(1), os.sched_getaffinity(0), [], []
     for _ in range(ROUNDS):
         handle = Handle(lambda: [comm.Irecv(message, (comm.rank - 1) % comm.size, 5)])
+        os.sched_setaffinity(0, {min(mine)})
         comm.Barrier()
-        start = time.thread_time()
+        start = time.monotonic()
         for _ in range(YIELDS):
             handle.test()
             os.sched_yield()
-        looks.append((time.thread_time() - start) / YIELDS)
+        turns.append((time.monotonic() - start) / YIELDS / comm.size)
+        os.sched_setaffinity(0, mine)
+        start = time.thread_time()
+        for _ in range(YIELDS):
+            time.sleep(PAUSE_S)
+            handle.test()
+        pauses.append((time.thread_time() - start) / YIELDS)
         comm.Barrier()
         comm.Send(message, (comm.rank + 1) % comm.size, 5)
         while not handle.test():
             pass
-    return _median(comm, looks)
+    return 1e6 * float(np.percentile(comm.allgather(turns), 25)), _median(comm, pauses)  # others on that one core would count as turns
 
 
 def _between(comm, names: list[str], cores: int) -> tuple[float, float, float]:
@@ -229,4 +239,4 @@ def cluster_toml(links: Links, name: str, nodes: int, ranks_per_node: int, memor
             f"[rank]\nmemory_gib = {memory_gib:.4g}\ntflop_per_s = {tflop_per_s:.4g}\n\n"
             f"[inside]\nrank_gb_per_s = {links.rank_gb_per_s}\nlatency_us = {links.latency_us}\n\n{nic}"
             f"[mpi]\nmessage_us = {links.message_us}\nexchange_us = {links.exchange_us}\n\n"
-            f"[cores]\nper_node = {links.cores}\ntogether = {links.together}\nlook_us = {links.look_us}\n")
+            f"[cores]\nper_node = {links.cores}\ntogether = {links.together}\nlook_us = {links.look_us}\npause_us = {links.pause_us}\n")

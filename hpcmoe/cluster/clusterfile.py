@@ -85,12 +85,13 @@ class MpiTable:
 @dataclass(frozen=True)
 class CoresTable:
     """Of a node whose ranks are CPU cores: per_node: how many there are; together: how much they carry all at once, in cores that
-    are alone (less than per_node where they take memory from each other); look_us: of a core, each time that a waiting
-    rank looks whether it can go on (parallel/polling.py), where ranks are more than cores."""
+    are alone (less than per_node where they take memory from each other); where ranks are more than cores (parallel/polling.py), look_us:
+    of a core, each time that a waiting rank looks whether it can go on while others take turns; pause_us: of a pause and the look after it."""
 
     per_node: int
     together: float
     look_us: float = 0.0
+    pause_us: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from hpcmoe.parallel.polling import LATE_S, PAUSE_S
 
 
 class Machine(NamedTuple):
-    """The cores of a node. ranks: that share them; cores: how many; together: seconds of work that they carry in a second; look_s: of the
-    core, each time that a waiting rank looks whether it can go on."""
+    """The cores of a node. ranks: that share them; cores: how many; together: seconds of work that they carry in a second; look_s: of a
+    core, each time that a waiting rank looks whether it can go on, pause_s: of a pause and the look after it."""
 
     ranks: int
     cores: int
     together: float
     look_s: float = 0.0
+    pause_s: float = 0.0
 
     @property
     def crowded(self) -> bool:
@@ -28,7 +29,7 @@ class Machine(NamedTuple):
 
     def share(self, busy: int) -> float:
         """Of a core, for each of so many busy ranks."""
-        asleep = self.look_s / (self.look_s + PAUSE_S + LATE_S) * (self.ranks - busy) * self.crowded
+        asleep = self.pause_s / (self.pause_s + PAUSE_S + LATE_S) * (self.ranks - busy) * self.crowded
         return min(1.0, self.together / (busy + asleep))
 
 

@@ -10,8 +10,6 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
 from hpcmoe.cluster.kernels import Calibration
 from hpcmoe.config import ModelConfig
 from hpcmoe.kernels.e4m3 import fp8_width

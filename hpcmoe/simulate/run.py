@@ -71,7 +71,7 @@ class Told(NamedTuple):
     def cores(self) -> list[Machine]:
         """The cores of each node, where its ranks share them; else nothing."""
         c = self.cluster.cores
-        return [Machine(int(ranks), c.per_node, c.together, c.look_us * 1e-6) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
+        return [Machine(int(ranks), c.per_node, c.together, c.look_us * 1e-6, c.pause_us * 1e-6) for ranks in np.bincount(self.nodes())] if c and not self.gpu else []
 
 
 class Simulated(NamedTuple):
@@ -120,7 +120,8 @@ def read(args) -> Told:
         raise at("command line", "--gpus", gpus, f"1 to {cluster.ranks}: {args.cluster} has nodes.count = {cluster.nodes.count} of "
                  f"nodes.ranks_per_node = {cluster.nodes.ranks_per_node}")
     share_le, load = read_shares(args.load, model, job.run.batch_tokens)
-    told = Told(job, model, cluster, calibration, gpus, _lengths(args, job, model), share_le, load, _warnings(args, cluster, calibration))
+    lengths, drawn = _lengths(args, job, model)
+    told = Told(job, model, cluster, calibration, gpus, lengths, share_le, load, _warnings(args, cluster, calibration), drawn)
     _check_dtype(told, str(path))
     if job.run.transport == "staged" and not told.gpu:
         raise at("simulate", "run.transport", "staged", "another one: it is modelled for GPUs, whose rows it copies through the host")
@@ -146,18 +147,19 @@ def _job(args) -> JobConfig:
     return job
 
 
-def _lengths(args, job: JobConfig, model: ModelConfig) -> list[tuple[int, int]]:
+def _lengths(args, job: JobConfig, model: ModelConfig) -> tuple[list[tuple[int, int]], float]:
+    """(prompt and output tokens of each request, the share of them whose tokens are drawn)."""
     if not args.requests:
         batch = job.throughput
         longest = batch.prompt_tokens + batch.output_tokens
         if longest > model.context:
             raise at("command line", "--prompt-tokens and --output-tokens", longest, f"at most {model.context}, the model's context")
-        return [(batch.prompt_tokens, batch.output_tokens)] * batch.sequences
+        return [(batch.prompt_tokens, batch.output_tokens)] * batch.sequences, 0.0
     requests = read_requests(job.requests.file, _tokenizer(args.model, model), job.sampling, model, job.task, job.run.context, job.requests.limit)
-    lengths = [(len(r.tokens), r.max_tokens) for r in requests if not r.error]
-    if not lengths:
+    good = [r for r in requests if not r.error]
+    if not good:
         raise UserError(f"{job.requests.file}: none of its {len(requests)} requests can run; the first: line {requests[0].line}: {requests[0].error}")
-    return lengths
+    return [(len(r.tokens), r.max_tokens) for r in good], float(np.mean([r.temperature > 0 for r in good]))
 
 
 def _tokenizer(path: str, model: ModelConfig) -> Tokenizer | None:
