@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcmoe.config import to_dict
 from hpcmoe.plan.candidates import MOST_ROWS, Candidate, Choices, job_of
 from hpcmoe.plan.room import Room
-from hpcmoe.plan.search import split
+from hpcmoe.plan.search import order, split
 from hpcmoe.plan.trial import TERMS, Outcome
 from hpcmoe.report.table import number, percent, size
 
@@ -126,13 +126,12 @@ def _larger(answer, o: Outcome) -> str:
         return x.candidate[1:] == c[1:] and x.candidate.shape._replace(rows=0) == shape._replace(rows=0)
 
     clocked = sorted(filter(same, answer.found.outcomes), key=lambda o: o.tpot_ms)
-    bounds = list(filter(same, answer.found.bounds))
+    bounds = sorted(filter(same, answer.found.bounds), key=order)
     if clocked:
         return f"{number(clocked[0].tokens_per_s_per_gpu)} tokens/s per rank at a TPOT of {_ms(clocked[0].tpot_ms)} ms"
     if not bounds:
         return f"not tried: steps of more than {MOST_ROWS:,} rows, or than run.batch_tokens"
-    return (f"at most {number(max(b.tokens_per_s_per_gpu for b in bounds))} tokens/s per rank, at a TPOT of at least "
-            f"{_ms(min(b.tpot_ms for b in bounds))} ms")
+    return f"at most {number(bounds[0].tokens_per_s_per_gpu)} tokens/s per rank, at a TPOT of at least {_ms(bounds[0].tpot_ms)} ms"
 
 
 # ---------------------------------------------------------------- JSON
