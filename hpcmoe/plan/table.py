@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcmoe.config import to_dict
 from hpcmoe.plan.candidates import MOST_ROWS, Candidate, Choices, job_of
 from hpcmoe.plan.room import Room
-from hpcmoe.plan.search import split
+from hpcmoe.plan.search import order, split
 from hpcmoe.plan.trial import TERMS, Outcome
 from hpcmoe.report.table import number, percent, size
 
@@ -122,13 +122,16 @@ def _larger(answer, o: Outcome) -> str:
     over = Room(answer.told).needs(twice).over
     if over > 0:
         return f"memory: {size(over)} more than there is"
-    found = [b for b in answer.found.bounds if b.candidate[1:] == c[1:] and b.candidate.shape._replace(rows=0) == shape._replace(rows=0)]
-    if not found:
-        return f"steps of more than {MOST_ROWS:,} rows, or of run.batch_tokens: not tried"
-    least, most = min(b.tpot_ms for b in found), max(b.tokens_per_s_per_gpu for b in found)
-    if answer.tpot_ms is not None and least > answer.tpot_ms:
-        return f"TPOT of {number(least)} ms or more, above the limit"
-    return f"TPOT of {_ms(least)} ms or more, {number(most)} tokens/s per rank at most"
+    def same(x) -> bool:
+        return x.candidate[1:] == c[1:] and x.candidate.shape._replace(rows=0) == shape._replace(rows=0)
+
+    clocked = sorted(filter(same, answer.found.outcomes), key=lambda o: o.tpot_ms)
+    bounds = sorted(filter(same, answer.found.bounds), key=order)
+    if clocked:
+        return f"{number(clocked[0].tokens_per_s_per_gpu)} tokens/s per rank at a TPOT of {_ms(clocked[0].tpot_ms)} ms"
+    if not bounds:
+        return f"not tried: steps of more than {MOST_ROWS:,} rows, or than run.batch_tokens"
+    return f"at most {number(bounds[0].tokens_per_s_per_gpu)} tokens/s per rank, at a TPOT of at least {_ms(bounds[0].tpot_ms)} ms"
 
 
 # ---------------------------------------------------------------- JSON

@@ -52,8 +52,9 @@ class NodeWays:
     def _nodes(self, stage: int) -> Nodes:
         return Nodes(self.ways.network.node_r[self.ways.columns(stage)[0]].tolist(), 0)
 
-    def _visits(self, stage: int, layer: int, nodes: Nodes) -> np.ndarray:
+    def _visits(self, stage: int, layer: int) -> np.ndarray:
         if (stage, layer) not in self.visit_ln:
+            nodes = self._nodes(stage)
             self.visit_ln[stage, layer] = visits(self.share_ls[layer], self.top_k, nodes.number_r[self.owner_s], len(nodes.members))
         return self.visit_ln[stage, layer]
 
@@ -100,9 +101,10 @@ class NodeWays:
     def rows(self, stage: int, layer: int, rows_r: tuple[int, ...], rows_s: tuple[int, ...], row_bytes: float, back: bool) -> tuple[Moved, ...]:
         """Dispatch: parcels to forwarders (a row, and an expert and a weight for each choice), then rows to mates. Back: combine, rows to
         forwarders, then sums to leaders. rows_r: tokens of each place; rows_s: rows that each place gets."""
+        visit_n = self._visits(stage, layer)
+
         def make() -> tuple[Moved, ...]:
             nodes, tokens = self._nodes(stage), sum(rows_r)
-            visit_n = self._visits(stage, layer, nodes)
             parcels = {(r, n): rows * float(visit_n[n]) for r, rows in enumerate(rows_r) if rows
                        for n in range(len(nodes.members)) if n != nodes.number_r[r] and visit_n[n] > 0}
             hand_r = np.array(rows_r, dtype=float)
@@ -117,7 +119,7 @@ class NodeWays:
                         self._between(stage, nodes, parcels, row_bytes, True, 0.0))
             return (self._between(stage, nodes, parcels, row_bytes + 2 * INT32 * self.top_k, False, delay_s),
                     self._within(stage, nodes, hand_r, share_s, row_bytes, False, 0.0))
-        return self._once((stage, layer, rows_r, rows_s, row_bytes, back), make)
+        return self._once((stage, visit_n.tobytes(), rows_r, rows_s, row_bytes, back), make)  # layers may be alike
 
     def _once(self, key: tuple, make) -> tuple[Moved, ...]:
         if key not in self.made:
