@@ -16,7 +16,7 @@ from hpcmoe.parallel.layout import Layout
 from hpcmoe.parallel.schedule import build
 from hpcmoe.plan.candidates import Shape
 from hpcmoe.plan.stand import Stand
-from hpcmoe.simulate.group import INT64, Group
+from hpcmoe.simulate.group import INT64
 from hpcmoe.simulate.durations import FP32
 from hpcmoe.simulate.loads import whole_rows
 from hpcmoe.simulate.ways import Moved

@@ -13,7 +13,7 @@ from hpcmoe.errors import EXIT_OK, UserError, at
 from hpcmoe.files import check_folder, replacing
 from hpcmoe.plan import table
 from hpcmoe.plan.candidates import Candidate, Choices, Shape
-from hpcmoe.plan.room import Needs, Room
+from hpcmoe.plan.room import Room
 from hpcmoe.plan.script import job_toml, sbatch
 from hpcmoe.plan.search import Found, front, order, runner_up, search, within
 from hpcmoe.plan.trial import Outcome

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from hpcmoe.plan.bound import Bound, bounds
-from hpcmoe.plan.candidates import Candidate, Choices, Shape
+from hpcmoe.plan.candidates import Candidate, Choices
 from hpcmoe.plan.frame import Frames
 from hpcmoe.plan.room import Needs, Room
 from hpcmoe.plan.stand import Stand
