@@ -51,8 +51,9 @@ All on the same {GPUS} GPUs. TPOT of a sequence is one round of its batch throug
 {setup.rests()}"""
     within, most = ([t for t in found if t.own.tpot_s <= LIMIT_S], max(found, key=lambda t: t.own.tokens_per_s))
     best = max(within, key=lambda t: t.own.tokens_per_s, default=None)
-    return Section(text, f"The goal of {GOAL / 1e6:.1f} M tokens/s within {ms(LIMIT_S)} ms on {GPUS} GPUs is {'met' if met else 'not met'}: the most "
-                   + (f"within the limit is {rate(best.own.tokens_per_s)} ({layout_name(best.case.layout)})" if best else "within the limit is nothing")
+    return Section(text, f"The goal of {GOAL / 1e6:.1f} M tokens/s within {ms(LIMIT_S)} ms on {GPUS} GPUs is {'met' if met else 'not met'}: "
+                   + (f"the most within the limit is {rate(best.own.tokens_per_s)} ({layout_name(best.case.layout)})" if best else
+                      f"of the batches and layouts tried none comes within the limit (the nearest {ms(min(t.own.tpot_s for t in found))} ms)")
                    + f", the most of all {rate(most.own.tokens_per_s)} at {ms(most.own.tpot_s)} ms ({layout_name(most.case.layout)}).")
 
 

@@ -140,15 +140,17 @@ def _experts(stand: Stand, frames: Frames, layout: Layout, leading: tuple[int, .
 
 
 class _Walk:
-    """The clock of a rank with one micro-batch: of many steps at once [n]."""
+    """The clock of a rank with one micro-batch: of many steps at once [n]. op_s: of the host, for any op."""
 
-    def __init__(self, parts: Parts, count_n: np.ndarray, links: int, sync_s: float):
-        self.parts, self.count_n = parts, count_n
+    def __init__(self, parts: Parts, count_n: np.ndarray, links: int, sync_s: float, op_s: float):
+        self.parts, self.count_n, self.op_s = parts, count_n, op_s
         self.now, self.device, self.worked, self.hosted, self.over = (np.zeros(len(count_n)) for _ in range(5))
         self.made, self.sync_s, self.load_nl = np.full(len(count_n), -np.inf), sync_s, np.zeros((len(count_n), links))
 
-    def does(self, *names: str, post_s=0.0) -> None:
+    def does(self, *names: str, post_s=0.0, ops: int = 1) -> None:
+        """ops: as so many of the schedule."""
         host_s, device_s = (sum(table[name] for name in names) if names else 0.0 for table in self.parts)
+        host_s = host_s + ops * self.op_s
         self.now = self.now + host_s + post_s
         self.hosted = self.hosted + host_s + post_s
         if np.any(device_s):
@@ -156,10 +158,10 @@ class _Walk:
             self.made = np.where(device_s > 0, self.device, self.made)
             self.worked = self.worked + device_s
 
-    def sends(self, way: Way | None, *names: str, rows_n: np.ndarray | None = None) -> None:
-        """An op whose exchange, or device work alone, is awaited."""
+    def sends(self, way: Way | None, *names: str, rows_n: np.ndarray | None = None, ops: int = 1) -> None:
+        """An op (or a part of one: ops = 0) whose exchange, or device work alone, is awaited."""
         wire_s, post_s, load_nl = way.of(self.count_n if rows_n is None else rows_n) if way else (0.0, 0.0, 0.0)
-        self.does(*names, post_s=post_s)
+        self.does(*names, post_s=post_s, ops=ops)
         self.over = np.maximum(self.now, self.made + self.sync_s) + wire_s
         self.load_nl = self.load_nl + load_nl
 
@@ -170,7 +172,9 @@ class _Walk:
 def _stage(stand: Stand, frame: Frame, layout: Layout, count_n, wanted_n, parts: Parts, layers: int, first: bool, last: bool) -> Alone:
     """A micro-batch alone in a stage of so many layers: two of them are walked through, and each more is as long as the first."""
     tp, rate_l = layout.tp > 1, stand.network.bandwidth_l
-    walk = _Walk(parts, count_n, len(rate_l), stand.told.calibration.sync_s if stand.told.gpu else 0.0)
+    calibration = stand.told.calibration
+    walk = _Walk(parts, count_n, len(rate_l), calibration.sync_s if stand.told.gpu else 0.0, calibration.calls.op_us * 1e-6)
+    walk.hosted = walk.hosted + walk.op_s  # RECV, which a rank may do while it waits
     begin = ["begin"]
     if tp and first:
         walk.sends(frame.sums, "begin", "sums")
@@ -189,7 +193,7 @@ def _stage(stand: Stand, frame: Frame, layout: Layout, count_n, wanted_n, parts:
         for way in (frame.gather, frame.token):
             if way:
                 over = walk.over
-                walk.sends(way, rows_n=wanted_n)
+                walk.sends(way, rows_n=wanted_n, ops=0)
                 walk.over = np.maximum(over, walk.now) + way.of(wanted_n)[0]
     else:
         walk.sends(frame.send)
@@ -212,8 +216,8 @@ def _layer(walk: _Walk, frame: Frame, tp: bool, begin: list[str]) -> np.ndarray:
     worked = walk.worked
     walk.does("expert")
     inside = walk.worked = worked + walk.parts.device["own expert"]
+    walk.sends(frame.combine)
     if frame.combine:
-        walk.sends(frame.combine)
         walk.awaits()
     walk.does("merge")
     if tp:
