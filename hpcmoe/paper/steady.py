@@ -35,7 +35,7 @@ from hpcmoe.simulate.memory import fit, shard_of
 from hpcmoe.simulate.ways import Ways
 from hpcmoe.simulate.workload import Feed, Rows
 
-WARM, MEASURED = 4, 2  # rounds before those that are timed, and those; one each where a single batch is in flight
+WARM, MEASURED = 6, 4  # rounds before those that are timed, and those; one each where a single batch is in flight
 GRAPHS = RunJob().graphs
 
 
