@@ -1,7 +1,7 @@
 """Section `several`: the step of a rank that holds several experts, its products queued in different ways.
 
-one stream     what the product does (compute/gpu.py): gate|up products of all experts, one activation, all down products
-N streams      runs of experts, each with an activation of its own, on N streams that events fork and join
+one stream     as a run does with many rows (compute/gpu_experts.py): gate|up products of all experts, one activation, all down products
+N streams      runs of experts, each with an activation of its own, on N streams that events fork and join: a run does so with 2
 grouped GEMM   cuBLAS's grouped products: all gate|up products in one call, one activation, all down products in one call
 
 Timed as queued, not as graphs: the rows of each expert change with every step. For the same reason grouped products
