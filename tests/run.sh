@@ -17,7 +17,7 @@ for argument in "$@"; do
   esac
 done
 # No settings of the user's own jobs in here.
-unset HPCMOE_VENV HPCMOE_MPI HPCMOE_FAIL HPCMOE_ALONE HPCMOE_DEBUG HPCMOE_RANKS_PER_NODE
+unset PYTHONPATH HPCMOE_VENV HPCMOE_MPI HPCMOE_FAIL HPCMOE_ALONE HPCMOE_DEBUG HPCMOE_RANKS_PER_NODE
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # NVIDIA's headers and NVRTC as wheels, to compile the kernels with (no GPU); nvcc, as large again, where there is none.

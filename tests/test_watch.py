@@ -176,8 +176,8 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
-    """Some 720 steps of four sequences: seconds."""
-    return tiny_job(tmp_path_factory.mktemp("long"), requests=48, max_tokens=60)
+    """Some 360 steps of four sequences: seconds."""
+    return tiny_job(tmp_path_factory.mktemp("long"), requests=24, max_tokens=60)
 
 
 @pytest.fixture(scope="module")
