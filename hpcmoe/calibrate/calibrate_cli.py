@@ -26,6 +26,13 @@ def add_parser(subparsers) -> None:
                               formatter_class=argparse.RawDescriptionHelpFormatter,
                               description="Numbers for the simulator, and how far they are off.")
     commands = p.add_subparsers(dest="calibrate_command", required=True, metavar="COMMAND")
+    _add_measuring(commands)
+    _add_comparing(commands)
+    _add_fitting(commands)
+
+
+def _add_measuring(commands) -> None:
+    """`measure` and `fit-gpu`: a calibration file."""
     measured = commands.add_parser("measure", help="measure this machine's CPU or GPU and write a calibration file",
                                    description="Measures products, attention and passes over rows as a rank on one core makes them, in "
                                    "about half a minute, writes a calibration file, and prints its error, also on cases held out. "
@@ -48,6 +55,10 @@ def add_parser(subparsers) -> None:
     fitted.set_defaults(handler=_fit_gpu)
     for one in (measured, fitted):
         one.add_argument("--base", default="", metavar="FILE", help="a GPU's calibration file: its numbers stand for what was not measured")
+
+
+def _add_comparing(commands) -> None:
+    """`links` and `compare`: a cluster file of this machine, and real runs beside predictions."""
     here = commands.add_parser("links", help="measure exchanges and shared cores of the ranks of this job, and write a cluster file",
                                description="Under mpiexec: measures what exchanges and waiting take between the ranks of a node, what its cores carry "
                                "together, and what links between nodes do, in some seconds, and writes a cluster file that names a calibration.")
@@ -66,6 +77,10 @@ def add_parser(subparsers) -> None:
     compare.add_argument("--mpiexec", default="", metavar="COMMAND", help="launcher (default: the one beside this Python, or on the path)")
     compare.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     compare.set_defaults(handler=_compare)
+
+
+def _add_fitting(commands) -> None:
+    """`fit-gemm`, `fit-links` and `check`: tables of measurements."""
     gemm = commands.add_parser("fit-gemm", help="fit the model of dense products to a table of measured ones",
                                description="Prints [gemm] of a calibration file, and its error on rows that it was fitted to and "
                                "on rows held out.")

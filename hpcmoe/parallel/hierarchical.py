@@ -24,7 +24,7 @@ from hpcmoe.parallel.handle import Chain, Handle, Together
 from hpcmoe.parallel.nodes import Nodes, Parcels, parcels, way
 from hpcmoe.parallel.ops import Op
 from hpcmoe.parallel.world import World
-from hpcmoe.parallel.window import Mates, Messages, Window, open_window
+from hpcmoe.parallel.window import Mates, Messages, open_window
 from hpcmoe.report.record import RankRecord
 
 HIERARCHICAL = "hierarchical"
